@@ -1,0 +1,75 @@
+PYTHON      ?= python3
+VENV        ?= .venv
+# What pip installs first. TORCH_INDEX is the index to take it from, such as the one of PyTorch's CPU-only wheels.
+TORCH       ?= torch==2.13.0
+TORCH_INDEX ?=
+
+MODEL       ?= examples/tiny-mixtral
+TARGET      ?= cpu
+PRECISION   ?= int8
+ENGINE      ?= build/engines/$(notdir $(MODEL:/=))-$(TARGET)-$(PRECISION)
+PROMPT      ?= def binary_search(items, target):
+TEXT        ?= $(MODEL)/heldout.txt
+
+JOBS        ?= 2
+TESTS       ?= tests
+ARGS        ?=
+
+BIN         := $(VENV)/bin
+READY       := $(VENV)/.ready
+ROOMS       := export plugins runtime
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo engine bench test lint format typecheck ci wheel clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY) ## Make .venv with the gatework command and everything that building and testing need
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	    { echo 'gatework needs Python 3.11 or newer and "$(PYTHON)" is not: name one, as in make PYTHON=python3.12' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(BIN)/pip install --editable '.[dev]'
+	@touch $@
+
+demo: engine ## Build an int8 engine from the bundled checkpoint, generate with it, measure it, check it
+	$(BIN)/gatework generate $(ENGINE) --prompt '$(PROMPT)' --max-tokens 96
+	$(BIN)/gatework bench $(ENGINE)
+	$(BIN)/gatework verify $(ENGINE) --reference $(MODEL) --text $(TEXT)
+
+engine: $(READY) ## Build an engine: make engine MODEL=path/to/checkpoint TARGET=cpu PRECISION=int8
+	$(BIN)/gatework build $(MODEL) --target $(TARGET) --precision $(PRECISION) --out $(ENGINE) --force
+
+bench: engine ## Measure the engine of MODEL, TARGET and PRECISION
+	$(BIN)/gatework bench $(ENGINE)
+
+test: $(READY) ## Run the tests: make test, or make test TESTS=tests/runtime ARGS='-k sampler'
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS) $(TESTS)
+
+lint: $(READY) ## Check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(READY) ## Mend style and formatting
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+typecheck: $(READY) ## Check types
+	@mkdir -p build/typing/gatework
+	@ln -sfn $(ROOMS:%=../../../%) build/typing/gatework
+	@ln -sf "$$($(BIN)/python -c 'import gatework; print(gatework.__file__)')" build/typing/gatework/__init__.py
+	$(BIN)/mypy
+
+ci: ## Run what CI runs
+	.ci/run
+
+wheel: $(READY) ## Build dist/gatework-*.whl
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean: ## Remove what the other targets made, .venv excepted
+	rm -rf build dist
