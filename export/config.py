@@ -1,0 +1,135 @@
+"""ModelConfig: everything the decoder, the exporter and the size tables need to know about a model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from gatework.plugins.errors import GateworkError
+
+Norm = Literal["rms", "layer"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoEConfig:
+    """Routing of a mixture-of-experts feed-forward layer.
+
+    renormalize: the K chosen scores are divided by their sum (Mixtral, DBRX).
+    """
+
+    num_experts: int
+    top_k: int
+    renormalize: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise GateworkError("num_experts is not positive", got=self.num_experts, expected="at least 1")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise GateworkError("top_k is out of range", got=self.top_k, expected=f"1 to num_experts={self.num_experts}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer, described by its features and never by its name.
+
+    Letters: V vocab_size, D hidden_size, H num_heads, Hkv num_kv_heads, Dh head_dim, I intermediate_size.
+    `family` names the entry of `gatework.export.families.FAMILIES` that the checkpoint was read with; nothing branches on it.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    norm: Norm = "rms"
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    sliding_window: int | None = None  # W keys are visible, the query's own position included
+    qkv_clip: float | None = None  # clamp q, k and v to [-c, c] before RoPE
+    tie_embeddings: bool = False
+    moe: MoEConfig | None = None
+    dtype: Dtype = "float32"  # of the stored weights
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        for name in (*sizes, "max_position_embeddings"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise GateworkError(f"{name} is not a positive integer", got=repr(value), fix="check the checkpoint's config")
+        if self.num_heads % self.num_kv_heads:
+            raise GateworkError(
+                "num_heads is not a multiple of num_kv_heads", got=f"{self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise GateworkError("head_dim is odd, rotary embedding needs pairs", got=self.head_dim)
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+                raise GateworkError(f"{name} is not a positive number", got=repr(value))
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise GateworkError("sliding_window is not positive", got=self.sliding_window, expected="at least 1, or none")
+        if self.qkv_clip is not None and not self.qkv_clip > 0:
+            raise GateworkError("qkv_clip is not positive", got=self.qkv_clip, expected="a positive bound, or none")
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name and shape of every weight, in graph order. Matrices are (out, in); experts are (E, out, in)."""
+        D, I, Dh = self.hidden_size, self.intermediate_size, self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocab_size, D)}
+        for i in range(self.num_layers):
+            layer = {
+                "attn_norm.weight": (D,),
+                "attn.q.weight": (self.num_heads * Dh, D),
+                "attn.k.weight": (self.num_kv_heads * Dh, D),
+                "attn.v.weight": (self.num_kv_heads * Dh, D),
+                "attn.o.weight": (D, self.num_heads * Dh),
+                "ffn_norm.weight": (D,),
+            }
+            if self.moe is None:  # gate rows first, then up rows
+                layer |= {"mlp.w_in": (2 * I, D), "mlp.w_out": (D, I)}
+            else:
+                E = self.moe.num_experts
+                layer |= {"moe.router.weight": (E, D), "moe.w_in": (E, 2 * I, D), "moe.w_out": (E, D, I)}
+            shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+        shapes["norm.weight"] = (D,)
+        if not self.tie_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, D)
+        return shapes
+
+    def num_parameters(self) -> int:
+        """All weights."""
+        return sum(math.prod(shape) for shape in self.tensor_shapes().values())
+
+    def num_active_parameters(self) -> int:
+        """Weights that one token passes through: all but the experts it is not routed to."""
+        if self.moe is None:
+            return self.num_parameters()
+        expert = 3 * self.hidden_size * self.intermediate_size
+        return self.num_parameters() - self.num_layers * (self.moe.num_experts - self.moe.top_k) * expert
+
+    def kv_bytes_per_token(self, bytes_per_value: int) -> int:
+        """Bytes that the keys and values of one position take over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, inverse of `from_dict`."""
+        return asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:
+        """Rebuild a config written by `to_dict`; an unknown or missing field is a GateworkError."""
+        fields = dict(fields)
+        try:
+            if fields.get("moe") is not None:
+                fields["moe"] = MoEConfig(**fields["moe"])
+            fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
+            return cls(**fields)
+        except TypeError as error:
+            raise GateworkError(f"model description does not fit this version: {error}") from None

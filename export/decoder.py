@@ -1,0 +1,192 @@
+"""The reference model: one PyTorch decoder for every family, and the module that the exporter traces.
+
+Shape letters: B batch, S tokens of this step, S_max cache length, D hidden, H query heads, Hkv key/value heads, Dh head
+width, I feed-forward width, E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gatework.export import cache_op
+from gatework.export.config import ModelConfig
+from gatework.plugins.moe import torch_op
+from gatework.plugins.moe.spec import MoEAttributes
+
+
+def moe_attributes(config: ModelConfig) -> MoEAttributes:
+    """The operator's settings for this model's feed-forward layers."""
+    assert config.moe is not None
+    return MoEAttributes(
+        top_k=config.moe.top_k, renormalize=config.moe.renormalize, activation="silu", glu="two_way"
+    )
+
+
+def rope_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta^(-2j/Dh), each [length, Dh/2] float32 (RoFormer, arXiv:2104.09864, section 3.2.2)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    angles = torch.outer(torch.arange(length).float(), 1.0 / (config.rope_theta**exponents))
+    return angles.cos(), angles.sin()
+
+
+def attention_mask(config: ModelConfig, position_ids: Tensor, max_seq: int) -> Tensor:
+    """True where a query may look: [B, 1, S, S_max], keys at or before it and, with a window, at most W - 1 before it."""
+    keys = torch.arange(max_seq, device=position_ids.device)[None, None, None, :]
+    queries = position_ids[:, None, :, None]
+    mask = keys <= queries
+    if config.sliding_window is not None:
+        mask = mask & (keys > queries - config.sliding_window)
+    return mask
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def norm(config: ModelConfig) -> nn.Module:
+    """The model's normalisation layer over D; neither kind has a bias."""
+    if config.norm == "rms":
+        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the KV cache, with rotary positions in halves (j, j + Dh/2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        D, width, kv_width = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q, self.k, self.v = Linear(width, D), Linear(kv_width, D), Linear(kv_width, D)
+        self.o = Linear(D, width)
+
+    def heads(self, projected: Tensor, count: int) -> Tensor:
+        """[B, S, count * Dh] -> [B, count, S, Dh], clipped where the model asks for it."""
+        if self.config.qkv_clip is not None:
+            projected = projected.clamp(-self.config.qkv_clip, self.config.qkv_clip)
+        B, S, _ = projected.shape
+        return projected.view(B, S, count, self.config.head_dim).transpose(1, 2)
+
+    def forward(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        config, ops = self.config, torch.onnx.ops
+        q = ops.rotary_embedding(self.heads(self.q(x), config.num_heads), step.cos, step.sin, step.position_ids)
+        k = ops.rotary_embedding(self.heads(self.k(x), config.num_kv_heads), step.cos, step.sin, step.position_ids)
+        k = cache_op.cache_write(past_k, k, step.write_indices)
+        v = cache_op.cache_write(past_v, self.heads(self.v(x), config.num_kv_heads), step.write_indices)
+        y, *_ = ops.attention(q, k, v, step.mask, scale=config.head_dim**-0.5)
+        return self.o(y.transpose(1, 2).flatten(2)), k, v
+
+
+class MLP(nn.Module):
+    """Dense gated feed-forward layer: down(silu(gate x) * up x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w_in = nn.Parameter(torch.empty(2 * config.intermediate_size, config.hidden_size), requires_grad=False)
+        self.w_out = nn.Parameter(torch.empty(config.hidden_size, config.intermediate_size), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.w_in).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.w_out)
+
+
+class MoE(nn.Module):
+    """Routed feed-forward layer: the router in float32, then `gatework::MoE`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.moe is not None
+        self.attributes = moe_attributes(config)
+        E, D, I = config.moe.num_experts, config.hidden_size, config.intermediate_size
+        self.router = Linear(E, D)
+        self.w_in = nn.Parameter(torch.empty(E, 2 * I, D), requires_grad=False)
+        self.w_out = nn.Parameter(torch.empty(E, D, I), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)  # [T, D]
+        logits = F.linear(tokens.float(), self.router.weight.float())  # [T, E]
+        return torch_op.moe(tokens, logits, self.w_in, self.w_out, self.attributes).view_as(x)
+
+
+class Step:
+    """What every layer of one forward pass shares."""
+
+    def __init__(self, config: ModelConfig, position_ids: Tensor, write_indices: Tensor, cos: Tensor, sin: Tensor) -> None:
+        self.position_ids = position_ids  # [B, S]
+        self.write_indices = write_indices  # [B]
+        self.cos, self.sin = cos, sin  # [S_max, Dh/2]
+        self.mask = attention_mask(config, position_ids, cos.shape[0])
+
+
+class Layer(nn.Module):
+    """Pre-norm block: attention, then the feed-forward layer, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attn_norm, self.attn = norm(config), Attention(config)
+        self.ffn_norm = norm(config)
+        if config.moe is None:
+            self.mlp = MLP(config)
+        else:
+            self.moe = MoE(config)
+
+    def forward(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, k, v = self.attn(self.attn_norm(x), step, past_k, past_v)
+        x = x + y
+        ffn = self.moe if hasattr(self, "moe") else self.mlp
+        return x + ffn(self.ffn_norm(x)), k, v
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer with a static-length KV cache; parameters carry the canonical names of ModelConfig.
+
+    Args of `forward`:
+        input_ids: [B, S] int64 tokens of this step.
+        position_ids: [B, S] int64 absolute positions.
+        write_indices: [B] int64 cache slot of each row's first new key.
+        cache: 2L tensors [B, Hkv, S_max, Dh] in the activation dtype, k and v of each layer in turn; not modified.
+
+    Returns the logits, [B, 1, V] float32 of the last position ([B, S, V] with `all_logits`), then the updated cache tensors.
+    """
+
+    def __init__(self, config: ModelConfig, max_seq: int, *, all_logits: bool = False) -> None:
+        super().__init__()
+        self.config, self.max_seq, self.all_logits = config, max_seq, all_logits
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = norm(config)
+        if not config.tie_embeddings:
+            self.lm_head = Linear(config.vocab_size, config.hidden_size)
+        cos, sin = rope_tables(config, max_seq)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, write_indices: Tensor, cache: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        x = self.embed(input_ids)  # [B, S, D]
+        cos, sin = self.rope_cos.to(x.dtype), self.rope_sin.to(x.dtype)
+        step = Step(self.config, position_ids, write_indices, cos, sin)
+        present: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            x, k, v = layer(x, step, cache[2 * i], cache[2 * i + 1])
+            present += [k, v]
+        if not self.all_logits:
+            x = x[:, -1:]
+        head = self.embed.weight if self.config.tie_embeddings else self.lm_head.weight
+        return F.linear(self.norm(x), head).float(), *present
+
+    def empty_cache(self, batch: int) -> list[Tensor]:
+        """Zeroed cache tensors for `batch` rows."""
+        config, weight = self.config, self.embed.weight
+        shape = (batch, config.num_kv_heads, self.max_seq, config.head_dim)
+        return [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2 * config.num_layers)]

@@ -1,0 +1,32 @@
+"""Passes from the canonical graph to what a target runs, in the order in which they must go."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import onnx_ir as ir
+
+from gatework.export.config import ModelConfig
+from gatework.export.lower.attention import to_group_query_attention
+from gatework.export.lower.embedding import to_gather_block_quantized
+from gatework.export.lower.graph import tidy
+from gatework.export.lower.linear import to_fused_matmul, to_matmul_nbits
+from gatework.export.lower.moe import to_contrib_moe
+
+CpuPrecision = Literal["fp32", "int8", "int4"]
+BITS: dict[CpuPrecision, int | None] = {"fp32": None, "int8": 8, "int4": 4}
+
+
+def lower_to_cpu(model: ir.Model, config: ModelConfig, precision: CpuPrecision, group: int) -> ir.Model:
+    """Rewrite a canonical float32 graph, in place, for ONNX Runtime's CPU kernels.
+
+    Post: products, experts and embedding are in the precision asked for; routers, norms and activations are float32.
+    """
+    bits = BITS[precision]
+    model, _ = to_group_query_attention(model, config)
+    model, _ = to_contrib_moe(model, bits=bits, group=group)
+    if bits is not None:
+        model, _ = to_matmul_nbits(model, bits=bits, group=group)
+        model, _ = to_gather_block_quantized(model, bits=bits, group=group)
+    model, _ = to_fused_matmul(model)
+    return tidy(model)

@@ -1,0 +1,126 @@
+"""Canonical attention -> GroupQueryAttention: rotary, in-place cache write and attention in one kernel, q|k|v in one product.
+
+Pre: RotaryEmbedding / TensorScatter / Attention as the decoder traces them.
+Post: no Attention, TensorScatter or mask is left, unless head_dim is not a multiple of 16, which the kernel demands; such
+a model keeps the standard operators.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from gatework.export.config import ModelConfig
+from gatework.export.lower.graph import MS, Builder, linear_weight, producer, replace
+from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
+
+_QUERY_SEQLENS = 16  # input index of GroupQueryAttention
+
+
+class _Lengths(NamedTuple):
+    seqlens_k: ir.Value
+    total: ir.Value
+    query: ir.Value
+
+
+def to_group_query_attention(model: ir.Model, config: ModelConfig) -> tuple[ir.Model, bool]:
+    """Rewrite every attention layer."""
+    if config.head_dim % 16:
+        return model, False
+    attentions = [node for node in model.graph if node.op_type == "Attention"]
+    lengths = _lengths(model.graph)
+    for node in attentions:
+        _rewrite(model.graph, node, config, lengths)
+    return model, bool(attentions)
+
+
+def _lengths(graph: ir.Graph) -> _Lengths:
+    """Keys per row after this step less one, their maximum over the batch, and new tokens per row; int32."""
+    inputs = {value.name: value for value in graph.inputs}
+    build = Builder(graph, graph[0])
+    (seq,) = build.op("Shape", inputs["input_ids"], start=1, end=2)  # [1]
+    (batch,) = build.op("Shape", inputs["input_ids"], start=0, end=1)
+    one = build.constant(np.array(1, np.int64))
+    (last,) = build.op("Sub", seq, one)
+    (ends,) = build.op("Add", inputs["write_indices"], last)  # [B]
+    (seqlens_k,) = build.op("Cast", ends, to=ir.DataType.INT32)
+    (longest,) = build.op("ReduceMax", ends, keepdims=0)
+    (total64,) = build.op("Add", longest, one)
+    (total,) = build.op("Cast", total64, to=ir.DataType.INT32)
+    (rows,) = build.op("Expand", seq, batch)
+    (query,) = build.op("Cast", rows, to=ir.DataType.INT32)
+    return _Lengths(seqlens_k, total, query)
+
+
+def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: _Lengths) -> None:
+    q_rope, k_write, v_write = (value.producer() for value in node.inputs[:3] if value is not None)
+    assert q_rope is not None and k_write is not None and v_write is not None
+    k_rope = producer(k_write.inputs[1], "RotaryEmbedding")
+    assert q_rope.op_type == "RotaryEmbedding" and k_rope is not None
+    build = Builder(graph, node)
+    qkv = _packed_projection(graph, build, [q_rope.inputs[0], k_rope.inputs[0], v_write.inputs[1]], config)
+    past = (k_write.inputs[0], v_write.inputs[0])
+    inputs = [qkv, None, None, *past, lengths.seqlens_k, lengths.total, q_rope.inputs[1], q_rope.inputs[2]]
+    inputs += [None] * (_QUERY_SEQLENS - len(inputs)) + [lengths.query]
+    y, present_k, present_v = build.op(
+        "GroupQueryAttention",
+        *inputs,
+        domain=MS,
+        outputs=3,
+        num_heads=config.num_heads,
+        kv_num_heads=config.num_kv_heads,
+        do_rotary=1,
+        scale=float(node.attributes["scale"].value),
+        local_window_size=config.sliding_window or -1,
+    )
+    replace(k_write.outputs[0], present_k)
+    replace(v_write.outputs[0], present_v)
+    replace(_merged_heads(node.outputs[0]), y)  # [B, S, H * Dh]
+
+
+def _merged_heads(value: ir.Value) -> ir.Value:
+    """[B, H, S, Dh] followed through Transpose and Reshape to [B, S, H * Dh]."""
+    for op_type in ("Transpose", "Reshape"):
+        (user,) = value.consumers()
+        assert user.op_type == op_type
+        value = user.outputs[0]
+    return value
+
+
+def _packed_projection(
+    graph: ir.Graph, build: Builder, heads: list[ir.Value | None], config: ModelConfig
+) -> ir.Value:
+    """One product x [Wq; Wk; Wv]^T, clipped like the three that it replaces: [B, S, (H + 2 Hkv) * Dh]."""
+    matmuls = [_projection(value) for value in heads]
+    weights = [linear_weight(matmul) for matmul in matmuls]
+    assert all(weight is not None for weight in weights)
+    shapes = [static_shape(weight) for weight in weights if weight is not None]
+    specs = [pack_of(weight) for weight in weights if weight is not None]
+    spec = specs[0].outputs[0]
+    name = spec.name.replace(".q.", ".qkv.")
+    rows = sum(shape[0] for shape in shapes)
+    pack = Pack(
+        tuple(source for pack in specs for source in pack.sources),
+        (TensorSpec(name, spec.dtype, (rows, shapes[0][1])),),
+        specs[0].encode,
+    )
+    (packed,) = add_packed(graph, pack)
+    (transposed,) = build.op("Transpose", packed, perm=[1, 0])
+    (qkv,) = build.op("MatMul", matmuls[0].inputs[0], transposed)
+    if config.qkv_clip is not None:
+        low, high = (build.constant(np.array(sign * config.qkv_clip, np.float32)) for sign in (-1, 1))
+        (qkv,) = build.op("Clip", qkv, low, high)
+    return qkv
+
+
+def _projection(value: ir.Value | None) -> ir.Node:
+    """The MatMul behind Transpose, Reshape and, where the model clips, Clip."""
+    while (node := producer(value, "Transpose", "Reshape", "Clip")) is not None:
+        value = node.inputs[0]
+    matmul = producer(value, "MatMul")
+    assert matmul is not None
+    return matmul
+
+

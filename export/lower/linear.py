@@ -1,0 +1,60 @@
+"""MatMul with a transposed weight -> MatMulNBits (int8, int4) or FusedMatMul (float32, which reads W as stored).
+
+Pre: canonical MatMul nodes. Post: no Transpose of a weight is left; routers stay in float32.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import onnx_ir as ir
+import torch
+
+from gatework.export.lower.graph import MS, Builder, linear_weight, replace
+from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
+from gatework.export.quantize import quantize_rows
+
+
+def to_fused_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Let every remaining product with a weight read it as it is stored, (out, in)."""
+    return _rewrite(model, lambda build, x, weight: build.op("FusedMatMul", x, weight, domain=MS, transB=1)[0])
+
+
+def to_matmul_nbits(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model, bool]:
+    """Quantise every product with a weight but the routers'."""
+
+    def product(build: Builder, x: ir.Value, weight: ir.Value) -> ir.Value | None:
+        pack = pack_of(weight)
+        (spec,) = pack.outputs
+        if ".router." in spec.name:
+            return None
+        N, K = static_shape(weight)
+        blocks = -(-K // group)
+        name = spec.name if linear_users(weight) == len(weight.uses()) else "lm_head.weight"  # tied to the embedding
+        outputs = (
+            TensorSpec(f"{name}.codes", torch.uint8, (N, blocks, group * bits // 8)),
+            TensorSpec(f"{name}.scales", torch.float32, (N, blocks)),
+        )
+        quantised = add_packed(model.graph, Pack(pack.sources, outputs, partial(quantize_rows, bits=bits, group=group)))
+        settings = {"bits": bits, "block_size": group, "N": N, "K": K, "accuracy_level": 4}
+        return build.op("MatMulNBits", x, *quantised, domain=MS, **settings)[0]
+
+    return _rewrite(model, product)
+
+
+def linear_users(weight: ir.Value) -> int:
+    """How many of the weight's uses are transposes that feed products."""
+    return sum(user.op_type == "Transpose" for user, _ in weight.uses())
+
+
+def _rewrite(model: ir.Model, product) -> tuple[ir.Model, bool]:  # type: ignore[no-untyped-def]
+    modified = False
+    for node in list(model.graph):
+        weight = linear_weight(node)
+        if weight is None:
+            continue
+        y = product(Builder(model.graph, node), node.inputs[0], weight)
+        if y is not None:
+            replace(node.outputs[0], y)
+            modified = True
+    return model, modified

@@ -1,0 +1,107 @@
+"""Writing a graph and its weights: model.onnx, with every tensor as external data inside safetensors files."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gatework.export.checkpoint import Checkpoint
+from gatework.export.packing import TORCH_DTYPES, Pack, TensorSpec, is_weight, pack_of, static_shape
+from gatework.export.safetensors_writer import SafetensorsWriter
+
+GRAPH, DENSE, EXPERTS = "model.onnx", "weights.safetensors", "experts.safetensors"
+_INLINE_BYTES = 1024  # smaller constants stay in the graph file
+_PART_BYTES = 16 << 20  # of a dense weight, encoded at once
+
+
+def write_model(model: ir.Model, checkpoint: Checkpoint, directory: Path, *, progress: bool = False) -> list[str]:
+    """Write the graph and its tensors into `directory`; returns the file names.
+
+    Memory stays bounded by a few parts of a weight. Expert weights go to experts.safetensors, page-aligned for memory
+    mapping; everything else to weights.safetensors.
+    """
+    packs = list(dict.fromkeys(pack_of(value) for value in model.graph.initializers.values() if is_weight(value)))
+    experts = [pack for pack in packs if len(checkpoint.weights[pack.sources[0]].shape) == 3]
+    dense = [pack for pack in packs if pack not in experts]
+    tables = {
+        name: value.const_value
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and value.const_value.nbytes > _INLINE_BYTES
+    }
+    names = [GRAPH]
+    with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc="weights", disable=not progress, file=sys.stderr) as bar:
+        for name, group, constants, align in ((DENSE, dense, tables, 64), (EXPERTS, experts, {}, 4096)):
+            if group or constants:
+                _write_file(model, checkpoint, directory / name, group, constants, align, bar)
+                names.append(name)
+    ir.save(model, directory / GRAPH)
+    return names
+
+
+def _write_file(
+    model: ir.Model,
+    checkpoint: Checkpoint,
+    path: Path,
+    packs: list[Pack],
+    constants: dict[str, ir.TensorProtocol],
+    align: int,
+    bar: tqdm,
+) -> None:
+    specs = [spec for pack in packs for spec in pack.outputs]
+    for name in constants:
+        value = model.graph.initializers[name]
+        assert value.dtype is not None
+        specs.append(TensorSpec(name, TORCH_DTYPES[value.dtype], static_shape(value)))
+    with SafetensorsWriter(path, specs, align=align) as writer:
+        for name, tensor in constants.items():
+            writer.append(name, _as_torch(tensor))
+        for pack, part_bytes, encoded in _encode(checkpoint, packs):
+            for spec, data in zip(pack.outputs, encoded, strict=True):
+                writer.append(spec.name, data)
+            bar.update(part_bytes)
+    for spec in specs:
+        offset, length = writer.location(spec.name)
+        value = model.graph.initializers[spec.name]
+        assert value.dtype is not None
+        value.const_value = ir.ExternalTensor(
+            path.name, offset, length, value.dtype, shape=ir.Shape(spec.shape), name=spec.name, base_dir=path.parent
+        )
+
+
+def _encode(checkpoint: Checkpoint, packs: list[Pack]) -> Iterator[tuple[Pack, int, tuple[Tensor, ...]]]:
+    """Encoded parts in order, with the bytes read for each. One thread encodes one part; few are in flight at a time."""
+    workers = len(os.sched_getaffinity(0))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pending: deque[tuple[Pack, int, Future[tuple[Tensor, ...]]]] = deque()
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            for pack in packs:
+                for source in pack.sources:
+                    for part in checkpoint.parts(source, max_bytes=_PART_BYTES):
+                        pending.append((pack, part.nbytes, pool.submit(pack.encode, part)))
+                        if len(pending) > workers:
+                            yield _finish(pending.popleft())
+            while pending:
+                yield _finish(pending.popleft())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _finish(item: tuple[Pack, int, Future[tuple[Tensor, ...]]]) -> tuple[Pack, int, tuple[Tensor, ...]]:
+    pack, part_bytes, future = item
+    return pack, part_bytes, future.result()
+
+
+def _as_torch(tensor: ir.TensorProtocol) -> Tensor:
+    raw = tensor.raw if isinstance(tensor, ir.Tensor) else None
+    return raw if isinstance(raw, Tensor) else torch.from_numpy(tensor.numpy())

@@ -1,0 +1,95 @@
+"""Tracing the decoder into the canonical ONNX graph (ai.onnx 24 + gatework::MoE), without a single weight in memory."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import onnx_ir as ir
+import torch
+from onnxscript import optimizer
+
+from gatework.export import cache_op
+from gatework.export.config import Dtype, ModelConfig
+from gatework.export.decoder import Decoder, moe_attributes, rope_tables
+from gatework.export.packing import identity_pack, set_pack
+from gatework.plugins.moe import onnx_op, torch_op
+
+OPSET = 24
+ROPE_TABLES = ("rope_cos", "rope_sin")
+
+
+def cache_names(config: ModelConfig, prefix: str) -> list[str]:
+    """`past.0.k`, `past.0.v`, `past.1.k`, ... for prefix "past" (or "present")."""
+    return [f"{prefix}.{i}.{kind}" for i in range(config.num_layers) for kind in "kv"]
+
+
+def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_logits: bool = False) -> ir.Model:
+    """The canonical graph of a model.
+
+    Inputs and outputs are those of DESIGN.md's table. Every weight is an initializer that bears its canonical name, dtype
+    `dtype` and shape but holds no data; the rotary tables and scalar constants do hold data.
+    """
+    torch_dtype = getattr(torch, dtype)
+    with torch.device("meta"):
+        decoder = Decoder(config, max_seq, all_logits=all_logits).to(torch_dtype).eval()
+        ids = torch.zeros(2, 5, dtype=torch.int64)
+        inputs = (ids, ids.clone(), ids[:, 0].clone(), decoder.empty_cache(2))
+    batch, seq = torch.export.Dim("batch", max=1024), torch.export.Dim("seq", max=max_seq)
+    both, rows = {0: batch, 1: seq}, {0: batch}
+    with _quiet():
+        program = torch.onnx.export(
+            decoder,
+            inputs,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,  # it would fold weights that are not there; `_clean` folds the rest
+            verbose=False,
+            dynamic_shapes=(both, both, rows, [rows] * len(inputs[3])),
+            input_names=["input_ids", "position_ids", "write_indices", *cache_names(config, "past")],
+            output_names=["logits", *cache_names(config, "present")],
+            custom_translation_table={**torch_op.onnx_translation(), **cache_op.onnx_translation()},
+        )
+        assert program is not None
+        model = _clean(program.model)
+    for name, table in zip(ROPE_TABLES, rope_tables(config, max_seq), strict=True):
+        model.graph.initializers[name].const_value = ir.tensor(table.to(torch_dtype), name=name)
+    for name in config.tensor_shapes():
+        value = model.graph.initializers[name]
+        set_pack([value], identity_pack(value))
+    return model
+
+
+def add_function_body(model: ir.Model, config: ModelConfig) -> None:
+    """Attach gatework::MoE's definition in standard operators, so that any ONNX runtime can run the file."""
+    if config.moe is not None:
+        function = ir.serde.deserialize_function(onnx_op.function_proto(moe_attributes(config)))
+        model.functions[function.identifier()] = function
+
+
+def _clean(model: ir.Model) -> ir.Model:
+    """Fold scalar constants; drop what tracing left behind."""
+    for value in model.graph.initializers.values():
+        value.const_value = None
+    optimizer.optimize_ir(model)
+    model.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.metadata_props.clear()
+    return model
+
+
+class _quiet(warnings.catch_warnings):  # noqa: N801 - used as a function
+    """Silences the exporter's notices about absent optional packages and data-free initializers."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        self.level = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *error: object) -> None:
+        logging.disable(self.level)
+        super().__exit__(*error)

@@ -1,0 +1,134 @@
+"""Finding a checkpoint's weight files in its folder, and the tensors in them by the names that the files give them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gatework.export import folder as folders
+from gatework.export.readers import read_safetensors, read_torch
+from gatework.export.stored import Stored, StoredTensor, merge
+from gatework.plugins.errors import GateworkError
+
+Layout = Literal["hf", "consolidated"]
+FileTensors = dict[Path, dict[str, StoredTensor]]
+
+# Model-parallel shards are joined along this axis, by the last part of the tensor's name (Meta's ColumnParallelLinear,
+# RowParallelLinear and ParallelEmbedding); what is not listed is the same in every shard.
+SHARD_DIM = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1, "tok_embeddings": 1}
+FIX = "give a folder with model.safetensors, pytorch_model.bin (or the index of either) or consolidated.* files"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Weights as the files have them.
+
+    layout: whose tensor names they are. config: the file that describes the model. indexes: the files that list shards.
+    files: every weight file with its tensors. tensors: the same by name, shards joined.
+    """
+
+    layout: Layout
+    config: Path
+    files: FileTensors
+    tensors: dict[str, Stored]
+    indexes: tuple[Path, ...] = ()
+
+
+def find_source(folder: Path) -> Source:
+    """The weights in a folder; Hugging Face files are preferred where a repository has both kinds.
+
+    Only headers are read. Raises GateworkError where nothing is found or a file is damaged, or leads out of the folder.
+    """
+    if folders.exists(folder, "config.json"):
+        for stem, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
+            if folders.exists(folder, stem):
+                return hugging_face(folder, [stem], read)
+            if folders.exists(folder, f"{stem}.index.json"):
+                return indexed(folder, f"{stem}.index.json", read)
+    if folders.exists(folder, "params.json"):
+        return consolidated(folder)
+    if not folders.exists(folder, "config.json"):
+        raise GateworkError(f"{folder} has neither config.json nor params.json", fix="give a checkpoint folder")
+    raise GateworkError(f"{folder} has no weights", fix=FIX)
+
+
+def hugging_face(
+    folder: Path, names: list[str], read: Callable[[Path], dict[str, StoredTensor]], indexes: tuple[Path, ...] = ()
+) -> Source:
+    """One or several files whose tensors are disjoint."""
+    files = {path: read(path) for path in (folders.member(folder, name) for name in names)}
+    config = folders.member(folder, "config.json")
+    return Source("hf", config, files, disjoint(files), indexes)
+
+
+def indexed(folder: Path, index_name: str, read: Callable[[Path], dict[str, StoredTensor]]) -> Source:
+    """Shards named by an index file; a tensor that its shard does not have is a GateworkError."""
+    index = folders.member(folder, index_name)
+    weight_map = folders.read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise GateworkError(f"{index} has no weight_map", expected="an object of tensor names and file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        folders.member(folder, name)
+        if not folders.exists(folder, name):
+            raise GateworkError(f"{index} names a file that is missing", got=repr(name), fix="download it")
+    source = hugging_face(folder, names, read, (index,))
+    for tensor, name in weight_map.items():
+        if tensor not in source.files[folder / name]:
+            raise GateworkError(f"tensor {tensor} is missing from {folder / name}, where {index.name} puts it")
+    return source
+
+
+def consolidated(folder: Path) -> Source:
+    """Meta's and Mistral's files: one, model-parallel shards (`.pth`), or parts with disjoint names (`.pt`)."""
+    config = folders.member(folder, "params.json")
+    if folders.exists(folder, "consolidated.safetensors"):
+        path = folders.member(folder, "consolidated.safetensors")
+        files = {path: read_safetensors(path)}
+        return Source("consolidated", config, files, disjoint(files))
+    for suffix in ("pth", "pt"):
+        paths = numbered(folder, suffix)
+        if paths:
+            files = {path: read_torch(path) for path in paths}
+            return Source("consolidated", config, files, joined(files) if suffix == "pth" else disjoint(files))
+    raise GateworkError(f"{folder} has no weights", fix=FIX)
+
+
+def numbered(folder: Path, suffix: str) -> list[Path]:
+    """`consolidated.NN.{suffix}` in order; a gap in the numbers is a GateworkError."""
+    names = [p.name for p in folder.iterdir() if re.fullmatch(rf"consolidated\.\d\d\.{suffix}", p.name, re.ASCII)]
+    expected = [f"consolidated.{i:02d}.{suffix}" for i in range(len(names))]
+    for name in expected:
+        if name not in names:
+            raise GateworkError(f"{folder / name} is missing", got=", ".join(sorted(names)), fix="download all shards")
+    return [folders.member(folder, name) for name in expected]
+
+
+def disjoint(files: FileTensors) -> dict[str, Stored]:
+    """All tensors of all files; one that is in two of them is a GateworkError."""
+    homes: dict[str, Path] = {}
+    tensors: dict[str, Stored] = {}
+    for path, stored in files.items():
+        for name, tensor in stored.items():
+            if name in homes:
+                raise GateworkError(f"tensor {name} is in two files", got=f"{homes[name].name} and {path.name}")
+            homes[name], tensors[name] = path, tensor
+    return tensors
+
+
+def joined(files: FileTensors) -> dict[str, Stored]:
+    """Model-parallel shards, every file with the same names."""
+    shards = list(files.items())
+    first_path, first = shards[0]
+    for path, stored in shards[1:]:
+        for name in sorted(first.keys() ^ stored.keys()):
+            lacking = path if name in first else first_path
+            raise GateworkError(f"tensor {name} is missing from {lacking}", expected="the same names in all shards")
+    tensors: dict[str, Stored] = {}
+    for name, tensor in first.items():
+        dim = SHARD_DIM.get(name.removesuffix(".weight").rpartition(".")[2])
+        tensors[name] = tensor if dim is None else merge(name, [stored[name] for _, stored in shards], dim)
+    return tensors

@@ -1,0 +1,1 @@
+"""The mixture-of-experts operator and what both other rooms share."""

@@ -1,0 +1,56 @@
+"""The engine directory's contract between the exporter that writes it and the runtime that reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+# Files that make a tokenizer; the builder copies those that a checkpoint has, the runtime reads them from the engine.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "cl100k_base.tiktoken",
+)
+
+# Fields of manifest.json and the types that they must have.
+MANIFEST_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "format_version": int,
+    "gatework_version": str,
+    "target": str,
+    "precision": str,
+    "model": dict,  # ModelConfig.to_dict()
+    "limits": dict,  # max_batch, max_seq, prefill_chunk
+    "toolchain": dict,  # package -> version used for the build
+    "plugin_version": int,
+    "checkpoint": dict,  # fingerprint, num_parameters, num_active_parameters
+    "weight_bytes": dict,  # total, per_token: bytes of packed weights; those that one decoded token reads
+    "tensors": dict,  # name -> dtype, shape, file of every packed weight
+    "files": dict,  # name -> size, sha256
+}
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_table(directory: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Size and digest of each file, in the form of the manifest's `files`."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        digests = pool.map(lambda name: sha256(directory / name), names)
+    return {
+        name: {"size": (directory / name).stat().st_size, "sha256": digest}
+        for name, digest in zip(names, digests, strict=True)
+    }

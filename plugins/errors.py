@@ -1,0 +1,21 @@
+"""The one exception type for a user's mistakes, shared by every room."""
+
+from __future__ import annotations
+
+
+class GateworkError(Exception):
+    """Something the caller can fix: bad input, a damaged file, an impossible request.
+
+    Its text is always one line: what is wrong, what was found, what was expected, and how to fix it.
+    The command line prints that line and exits with code 2.
+    """
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, fix: str | None = None) -> None:
+        parts = [what]
+        if got is not None:
+            parts.append(f"got {got}")
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        if fix is not None:
+            parts.append(f"fix: {fix}")
+        super().__init__("; ".join(" ".join(str(part).split()) for part in parts))

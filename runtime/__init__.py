@@ -1,0 +1,1 @@
+"""Reads an engine directory and decodes with it."""

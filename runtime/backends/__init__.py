@@ -1,0 +1,1 @@
+"""What executes an engine's graph; `ort` is ONNX Runtime."""

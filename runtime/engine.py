@@ -1,0 +1,124 @@
+"""Reading an engine directory: the manifest, and the proof that every file is what the builder wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gatework.plugins import engine_format
+from gatework.plugins.errors import GateworkError
+
+Check = Literal["auto", "full", "sizes"]
+_AUTO_LIMIT = 4 << 30  # bytes hashed at load by default; hashing more would take longer than loading
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the engine was built for: sequences decoded at once, positions per sequence, prompt tokens per step."""
+
+    max_batch: int
+    max_seq: int
+    prefill_chunk: int
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An opened engine directory.
+
+    `model` is the description that the exporter wrote (`ModelConfig.to_dict()`): vocab_size, num_layers, num_kv_heads,
+    head_dim, eos_token_ids and so on.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    limits: Limits
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The model's description."""
+        model: dict[str, Any] = self.manifest["model"]
+        return model
+
+    @property
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of packed weights: `total`, and `per_token`, those that one decoded token reads."""
+        sizes: dict[str, int] = self.manifest["weight_bytes"]
+        return sizes
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, check: Check = "auto") -> Engine:
+        """Read and check an engine directory.
+
+        Args:
+            check: "sizes" compares file sizes; "full" compares every file's SHA-256 too; "auto" is "full" for engines up to
+                4 GiB, and for larger ones hashes every file but the weights.
+
+        Raises:
+            GateworkError: not an engine, of a newer format, incomplete, or altered; names the file.
+        """
+        path = Path(path)
+        manifest = _read_manifest(path)
+        _check_files(path, manifest["files"], check)
+        try:
+            limits = Limits(**manifest["limits"])
+        except TypeError:
+            raise _damaged(path / engine_format.MANIFEST, "its limits are not known") from None
+        return cls(path, manifest, limits)
+
+
+def is_engine(path: Path) -> bool:
+    """Whether the folder says that it is an engine."""
+    return (path / engine_format.MANIFEST).is_file()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / engine_format.MANIFEST
+    if not path.is_dir():
+        raise GateworkError(f"{path} is not an engine", got="no such folder", fix="build one with `gatework build`")
+    if not file.is_file():
+        raise GateworkError(f"{path} is not an engine", got=f"no {file.name}", fix="build one with `gatework build`")
+    try:
+        manifest = json.loads(file.read_text())
+    except (ValueError, RecursionError):
+        raise _damaged(file, "it is not JSON") from None
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if not isinstance(version, int):
+        raise _damaged(file, "it has no format_version")
+    if version > engine_format.FORMAT_VERSION:
+        known = f"at most {engine_format.FORMAT_VERSION}"
+        raise GateworkError(
+            f"{path} has a newer engine format", got=version, expected=known, fix="upgrade gatework or rebuild the engine"
+        )
+    for name, kind in engine_format.MANIFEST_FIELDS.items():
+        if not isinstance(manifest.get(name), kind):
+            raise _damaged(file, f"its field {name} is missing or of the wrong type")
+    return manifest
+
+
+def _check_files(path: Path, files: dict[str, Any], check: Check) -> None:
+    hashed = []
+    total = 0
+    for name, facts in files.items():
+        file = path / name
+        if Path(name).name != name:
+            raise _damaged(path / engine_format.MANIFEST, f"it names {name!r}, which is not a plain file name")
+        if not file.is_file():
+            raise _damaged(file, "it is missing")
+        size = file.stat().st_size
+        if size != facts["size"]:
+            raise _damaged(file, f"it has {size} bytes, not {facts['size']}")
+        total += size
+    for name in files:
+        weights = name.endswith(".safetensors")
+        if check == "full" or (check == "auto" and (total <= _AUTO_LIMIT or not weights)):
+            hashed.append(name)
+    for name, facts in engine_format.file_table(path, hashed).items():
+        if facts["sha256"] != files[name]["sha256"]:
+            raise _damaged(path / name, "its content was altered")
+
+
+def _damaged(file: Path, why: str) -> GateworkError:
+    return GateworkError(f"{file} is damaged: {why}", fix="build the engine again")

@@ -1,0 +1,212 @@
+"""LLM: an engine loaded for generation."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from gatework.plugins.errors import GateworkError
+from gatework.runtime.backends.ort import OrtBackend
+from gatework.runtime.chat import Message, render_chat
+from gatework.runtime.engine import Check, Engine
+from gatework.runtime.sampling import Sampler, SamplingParams
+from gatework.runtime.scheduler import FinishReason, Request, Scheduler
+from gatework.runtime.stopping import StopMatcher
+from gatework.runtime.tokenizer import Tokenizer, load_tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the model made of one prompt.
+
+    text: decoded output without stop strings or special tokens; empty for an engine without a tokenizer.
+    token_ids: every generated token, the one that ended the output included.
+    logprobs: per token, log probabilities of the chosen token and of the requested number of best ones; None if not asked for.
+    finish_reason: "stop" (stop string, stop token or end of sequence), "length" (max_tokens or context full) or "abort".
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, float]] | None
+    finish_reason: FinishReason
+    prompt_token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added to a streamed completion; `finish_reason` is set on the last one."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, float]] | None
+    finish_reason: FinishReason | None
+
+
+class LLM:
+    """An engine directory, ready to generate.
+
+    Calls from several threads, and streams that are read in turns, share one batch.
+
+    Args:
+        engine_dir: a folder written by `gatework build`.
+        max_batch: sequences decoded at once; default: the engine's limit.
+        threads: CPU threads; default: all that this process may use.
+        check: how thoroughly files are verified, see `Engine.open`.
+
+    Raises:
+        GateworkError: the folder is not a whole, unaltered engine that this version can run.
+    """
+
+    def __init__(
+        self,
+        engine_dir: str | os.PathLike[str],
+        *,
+        max_batch: int | None = None,
+        threads: int | None = None,
+        check: Check = "auto",
+    ) -> None:
+        self.engine = Engine.open(engine_dir, check=check)
+        self.tokenizer: Tokenizer | None = load_tokenizer(self.engine.path)
+        batch = self.engine.limits.max_batch if max_batch is None else max_batch
+        if batch < 1:
+            raise GateworkError("max_batch is not positive", got=batch, expected="at least 1")
+        self._backend = OrtBackend(self.engine, max_batch=batch, threads=threads)
+        self._scheduler = Scheduler(self._backend, self.engine.limits.prefill_chunk)
+        self._lock = threading.Lock()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Complete one prompt or several; the results stand in the order of the prompts.
+
+        Args:
+            prompts: text, or token ids, or a list of either. Text is encoded with the tokenizer's special tokens (BOS).
+            sampling_params: for all prompts, or one for each.
+
+        Raises:
+            GateworkError: an empty or too long prompt, a token id out of range, or text for an engine without a tokenizer.
+        """
+        batch = [prompts] if _is_single(prompts) else list(prompts)
+        params = _per_prompt(sampling_params, len(batch))
+        requests = [self._request(prompt, each) for prompt, each in zip(batch, params, strict=True)]  # type: ignore[arg-type]
+        with self._lock:
+            for request in requests:
+                self._scheduler.add(request)
+        try:
+            while any(request.finish_reason is None for request in requests):
+                self._step()
+        finally:
+            self._abort(requests)
+        return [_completion(request) for request in requests]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Complete one prompt, piece by piece. Closing the iterator ends the request."""
+        request = self._request(prompt, sampling_params or SamplingParams())
+        return self._stream(request)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> Completion:
+        """Answer a conversation, written as {"role": ..., "content": ...} messages, through the model's chat template."""
+        return self.generate(self.encode_chat(messages, add_generation_prompt), sampling_params)[0]
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation in the model's chat template."""
+        tokenizer = self._tokenizer()
+        text = render_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def _stream(self, request: Request) -> Iterator[Delta]:
+        with self._lock:
+            self._scheduler.add(request)
+        try:
+            text = tokens = 0
+            while True:
+                while request.finish_reason is None and len(request.output_ids) == tokens:
+                    self._step()
+                delta = _delta(request, text, tokens)
+                text, tokens = text + len(delta.text), tokens + len(delta.token_ids)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            self._abort([request])
+
+    def _step(self) -> None:
+        with self._lock:
+            self._scheduler.step()
+
+    def _abort(self, requests: list[Request]) -> None:
+        with self._lock:
+            for request in requests:
+                self._scheduler.abort(request)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            fix = "give prompts as lists of token ids, or build from a checkpoint with tokenizer files"
+            raise GateworkError("this engine has no tokenizer", fix=fix)
+        return self.tokenizer
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        if isinstance(prompt, str):
+            ids = self._tokenizer().encode(prompt) if prompt else []
+        else:
+            ids = [int(token) for token in prompt]
+        self._check_prompt(ids)
+        if params.stop and self.tokenizer is None:
+            raise GateworkError("stop strings need a tokenizer", fix="use stop_token_ids with this engine")
+        model = self.engine.model
+        eos = [] if params.ignore_eos else model["eos_token_ids"]
+        return Request(
+            prompt_ids=ids,
+            params=params,
+            sampler=Sampler(params, ids, model["vocab_size"], eos_token_ids=eos),
+            stop_ids=frozenset([*eos, *(params.stop_token_ids or ())]),
+            decoder=self.tokenizer.stream() if self.tokenizer is not None else None,
+            matcher=StopMatcher(params.stop_strings, include=params.include_stop_str_in_output),
+        )
+
+    def _check_prompt(self, ids: list[int]) -> None:
+        if not ids:
+            raise GateworkError("the prompt is empty", expected="at least one token")
+        max_seq = self.engine.limits.max_seq
+        if len(ids) > max_seq:
+            fix = "shorten the prompt or build the engine with a larger --max-seq"
+            raise GateworkError("the prompt is too long", got=f"{len(ids)} tokens", expected=f"at most {max_seq}", fix=fix)
+        vocab_size = self.engine.model["vocab_size"]
+        wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise GateworkError("a token id is out of range", got=wrong, expected=f"0 to {vocab_size - 1}")
+
+
+def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], str | Sequence))
+
+
+def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise GateworkError("sampling_params do not match the prompts", got=len(params), expected=f"one, or {count}")
+    return list(params)
+
+
+def _completion(request: Request) -> Completion:
+    assert request.finish_reason is not None
+    logprobs = request.logprobs if request.params.logprobs is not None else None
+    return Completion(request.text, request.output_ids, logprobs, request.finish_reason, request.prompt_ids)
+
+
+def _delta(request: Request, text: int, tokens: int) -> Delta:
+    logprobs = request.logprobs[tokens:] if request.params.logprobs is not None else None
+    return Delta(request.text[text:], request.output_ids[tokens:], logprobs, request.finish_reason)
