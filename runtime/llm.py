@@ -173,7 +173,7 @@ class LLM:
             sampler=Sampler(params, ids, model["vocab_size"], eos_token_ids=eos),
             stop_ids=frozenset([*eos, *(params.stop_token_ids or ())]),
             decoder=self.tokenizer.stream() if self.tokenizer is not None else None,
-            matcher=StopMatcher(params.stop_strings, include=params.include_stop_str_in_output),
+            matcher=StopMatcher(params.stop_strings, include_stop=params.include_stop_str_in_output),
         )
 
     def _check_prompt(self, ids: list[int]) -> None:

@@ -66,13 +66,13 @@ class Request:
             self._match(self.decoder.push(token_id))
 
     def _finish_text(self) -> None:
-        if self.decoder is not None and self.matcher.matched is None:
+        if self.decoder is not None and not self.matcher.stopped:
             self._match(self.decoder.flush())
             self.text += self.matcher.flush()
 
     def _match(self, piece: str) -> None:
         self.text += self.matcher.push(piece)
-        if self.matcher.matched is not None:
+        if self.matcher.stopped:
             self.finish_reason = "stop"
 
 

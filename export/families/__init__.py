@@ -1,0 +1,40 @@
+"""The families of models that Gatework knows: how to read their configs, and where they keep their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from gatework.export.config import ModelConfig
+from gatework.export.families import dbrx, llama, mistral, mixtral
+from gatework.export.weights import WeightMap
+from gatework.plugins.errors import GateworkError
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One family in Hugging Face layout.
+
+    read_config: `config.json` as a dict -> ModelConfig.
+    weight_map: where each canonical weight of `ModelConfig.tensor_shapes` lies in the checkpoint.
+    """
+
+    name: str
+    read_config: Callable[[dict[str, Any]], ModelConfig]
+    weight_map: Callable[[ModelConfig], WeightMap]
+
+
+FAMILIES: dict[str, Family] = {
+    name: Family(name, module.read_config, module.weight_map)
+    for name, module in {"llama": llama, "mistral": mistral, "mixtral": mixtral, "dbrx": dbrx}.items()
+}
+
+
+def family_of(raw: dict[str, Any]) -> Family:
+    """The family that a `config.json` asks for by its model_type; an unknown one is a GateworkError."""
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        got = "none" if model_type is None else repr(model_type)
+        raise GateworkError("unknown model_type", got=got, expected=f"one of {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]

@@ -1,0 +1,165 @@
+"""What the Hugging Face checkpoints of LLaMA, Mistral and Mixtral have in common: config fields and tensor names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast, get_args
+
+from gatework.export.config import Dtype, ModelConfig, MoEConfig
+from gatework.export.families import layouts
+from gatework.export.families.fields import Fields
+from gatework.export.weights import WeightMap
+
+MAX_LAYERS = 10_000
+MAX_EXPERTS = 500_000  # over all layers: a weight map is made before any tensor is looked at
+
+# Features of other models that share these config files, with the values under which they do nothing.
+INERT: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "qkv_bias": (False,),
+    "use_bias": (False,),
+    "hidden_act": ("silu", "swish"),
+    "is_encoder_decoder": (False,),
+    "partial_rotary_factor": (1,),
+    "quantization_config": (),
+    "use_qk_norm": (False,),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "logit_scale": (1,),
+    "embedding_multiplier": (1,),
+    "attention_multiplier": (),
+    "residual_multiplier": (1,),
+    "logits_scaling": (1,),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What transformers assumes of a family where its config file is silent."""
+
+    architectures: tuple[str, ...]
+    norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    num_kv_heads: int | None  # None: as many as query heads
+    sliding_window: int | None = None
+
+
+def read_config(family: str, fields: Fields, defaults: Defaults, moe: MoEConfig | None = None) -> ModelConfig:
+    """ModelConfig of a config in LLaMA's vocabulary.
+
+    Raises GateworkError naming the field that is missing, wrong, or asks for a feature that Gatework does not have.
+    """
+    refuse_architecture(fields, defaults.architectures)
+    for key, allowed in INERT.items():
+        fields.refuse_unless(key, *allowed)
+    num_heads = fields.integer("num_attention_heads")
+    hidden_size = fields.integer("hidden_size")
+    silent_kv_heads = num_heads if "num_key_value_heads" in fields else defaults.num_kv_heads or num_heads
+    window = fields.integer("sliding_window", None if "sliding_window" in fields else defaults.sliding_window)
+    return ModelConfig(
+        family=family,
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=num_layers(fields, "num_hidden_layers", 1 if moe is None else moe.num_experts),
+        num_heads=num_heads,
+        num_kv_heads=fields.integer("num_key_value_heads", silent_kv_heads),
+        head_dim=head_dim(fields, hidden_size, num_heads),
+        max_position_embeddings=fields.integer(
+            "max_position_embeddings", fields.integer("max_sequence_length", defaults.max_position_embeddings)
+        ),
+        norm_eps=fields.number("rms_norm_eps", defaults.norm_eps),
+        rope_theta=rope_theta(fields, defaults.rope_theta),
+        sliding_window=layer_window(fields, window),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        moe=moe,
+        dtype=dtype(fields),
+        bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
+        eos_token_ids=fields.token_ids("eos_token_id"),
+    )
+
+
+def refuse_architecture(fields: Fields, known: tuple[str, ...]) -> None:
+    """Raise where `architectures` names another class: OpenMoE, for one, calls its model_type "llama"."""
+    names = fields.raw.get("architectures") or []
+    if not isinstance(names, list) or any(name not in known for name in names):
+        raise fields.unsupported("architectures", " or ".join(known))
+
+
+def num_layers(fields: Fields, key: str, experts: int) -> int:
+    """The number of layers, within what a config file can sanely ask for."""
+    count: int = fields.integer(key)
+    if count > MAX_LAYERS or count * experts > MAX_EXPERTS:
+        raise fields.error(key, count, f"at most {MAX_LAYERS} layers and {MAX_EXPERTS} experts in all")
+    return count
+
+
+def head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
+    """Head width: `head_dim`, or hidden_size / num_heads where the config leaves it to that."""
+    width: int | None = fields.integer("head_dim", None)
+    if width is not None:
+        return width
+    if num_heads < 1 or hidden_size % num_heads:
+        raise fields.error("head_dim", None, f"a value: hidden_size {hidden_size} is no multiple of {num_heads} heads")
+    return hidden_size // num_heads
+
+
+def rope_theta(fields: Fields, default: float) -> float:
+    """RoPE base from `rope_parameters` (transformers 5) or from the top level (before); scaled kinds are refused."""
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = fields.nested(key)
+        for kind in ("rope_type", "type"):
+            rope.refuse_unless(kind, "default")
+        rope.refuse_unless("partial_rotary_factor", 1)
+        for name in rope.raw:
+            if name not in ("rope_type", "type", "rope_theta", "partial_rotary_factor"):
+                raise rope.unsupported(name, "unscaled rotary embedding")
+    given = {fields.number("rope_theta", None), fields.nested("rope_parameters").number("rope_theta", None)} - {None}
+    if len(given) > 1:
+        both = " and ".join(map(str, sorted(given)))
+        raise fields.error("rope_theta", both, "one value at the top level and in rope_parameters")
+    return given.pop() if given else default
+
+
+def layer_window(fields: Fields, window: int | None) -> int | None:
+    """The sliding window, checked against `layer_types` where newer files carry it; every layer has to be the same."""
+    kinds = fields.raw.get("layer_types")
+    if kinds is None:
+        return window
+    if isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
+        return None
+    if window is not None and isinstance(kinds, list) and all(kind == "sliding_attention" for kind in kinds):
+        return window
+    raise fields.unsupported("layer_types", "the same attention in every layer")
+
+
+def dtype(fields: Fields) -> Dtype:
+    """dtype of the stored weights: `dtype` (transformers 5) or `torch_dtype` (before); else float32."""
+    key = "dtype" if fields.raw.get("dtype") is not None else "torch_dtype"
+    name = str(fields.raw.get(key) or "float32").removeprefix("torch.")
+    if name not in get_args(Dtype):
+        raise fields.unsupported(key, " or ".join(get_args(Dtype)))
+    return cast(Dtype, name)
+
+
+def weight_map(config: ModelConfig) -> WeightMap:
+    """Where a Hugging Face checkpoint, dense or like Mixtral, keeps every canonical weight."""
+    shapes = config.tensor_shapes()
+    names = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+    if not config.tie_embeddings:
+        names["lm_head.weight"] = "lm_head.weight"
+    weights: WeightMap = {}
+    for i in range(config.num_layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        names[f"{ours}.attn_norm.weight"] = f"{theirs}.input_layernorm.weight"
+        names |= {f"{ours}.attn.{part}.weight": f"{theirs}.self_attn.{part}_proj.weight" for part in "qkvo"}
+        names[f"{ours}.ffn_norm.weight"] = f"{theirs}.post_attention_layernorm.weight"
+        if config.moe is None:
+            parts = (f"{theirs}.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
+            weights |= layouts.mlp(config, ours, *parts)
+        else:
+            names[f"{ours}.moe.router.weight"] = f"{theirs}.block_sparse_moe.gate.weight"
+            weights |= layouts.experts(config, ours, f"{theirs}.block_sparse_moe.experts")
+    return weights | {ours: layouts.whole(shapes[ours], theirs) for ours, theirs in names.items()}

@@ -1,0 +1,43 @@
+"""Ways in which checkpoints lay out their weights, shared by the families."""
+
+from __future__ import annotations
+
+from gatework.export.config import ModelConfig
+from gatework.export.weights import Piece, Weight, WeightMap
+
+
+def whole(shape: tuple[int, ...], name: str, rope_heads: int = 0) -> Weight:
+    """A weight that is one tensor of the checkpoint, in the same shape."""
+    return Weight(shape, (Piece(name=name, shape=shape, rope_heads=rope_heads),))
+
+
+def mlp(config: ModelConfig, ours: str, gate: str, up: str, down: str) -> WeightMap:
+    """Dense feed-forward weights of layer `ours`: gate and up [I, D], down [D, I]."""
+    D, I = config.hidden_size, config.intermediate_size
+    w_in = tuple(Piece(name=name, shape=(I, D)) for name in (gate, up))
+    return {f"{ours}.mlp.w_in": Weight((2 * I, D), w_in), f"{ours}.mlp.w_out": whole((D, I), down)}
+
+
+def experts(config: ModelConfig, ours: str, theirs: str) -> WeightMap:
+    """Expert weights stored one by one, as `{theirs}.{e}.w1` (gate), `.w3` (up) and `.w2` (down)."""
+    assert config.moe is not None
+    E, D, I = config.moe.num_experts, config.hidden_size, config.intermediate_size
+    w_in = [Piece(name=f"{theirs}.{e}.{part}.weight", shape=(I, D)) for e in range(E) for part in ("w1", "w3")]
+    w_out = [Piece(name=f"{theirs}.{e}.w2.weight", shape=(D, I)) for e in range(E)]
+    return {
+        f"{ours}.moe.w_in": Weight((E, 2 * I, D), tuple(w_in)),
+        f"{ours}.moe.w_out": Weight((E, D, I), tuple(w_out)),
+    }
+
+
+def stacked_experts(config: ModelConfig, ours: str, gate: str, up: str, down: str) -> WeightMap:
+    """Expert weights in MegaBlocks' layout: three matrices [E * I, D], the down projections transposed."""
+    assert config.moe is not None
+    E, D, I = config.moe.num_experts, config.hidden_size, config.intermediate_size
+
+    def expert(name: str, e: int, *, transpose: bool = False) -> Piece:
+        return Piece(name=name, shape=(E * I, D), rows=(e * I, (e + 1) * I), transpose=transpose)
+
+    w_in = tuple(expert(name, e) for e in range(E) for name in (gate, up))
+    w_out = tuple(expert(down, e, transpose=True) for e in range(E))
+    return {f"{ours}.moe.w_in": Weight((E, 2 * I, D), w_in), f"{ours}.moe.w_out": Weight((E, D, I), w_out)}

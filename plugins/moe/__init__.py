@@ -1,0 +1,1 @@
+"""The operator `gatework::MoE`: its definition, its ONNX form, its kernels and their bindings."""

@@ -1,0 +1,171 @@
+"""`gatework::MoE` in PyTorch: it runs eagerly, traces with no data, and exports as one gatework::MoE node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe.spec import DOMAIN, INPUTS, OP_TYPE, REQUIRED_INPUTS, VERSION, MoEAttributes, check_shapes
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+def moe(
+    x: Tensor,
+    router_logits: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    attributes: MoEAttributes,
+    *,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    w_in_scale: Tensor | None = None,
+    w_out_scale: Tensor | None = None,
+) -> Tensor:
+    """y [T, D] in x's dtype; shapes and dtypes as in `spec`, the operation as in `reference`.
+
+    Eager execution takes dense weights only and is not differentiable; tracing and export take every format.
+    """
+    return torch.ops.gatework.moe(
+        x, router_logits, w_in, w_out, b_in, b_out, w_in_scale, w_out_scale, **attributes.to_dict()
+    )
+
+
+@torch.library.custom_op("gatework::moe", mutates_args=())
+def _moe(
+    x: Tensor,
+    router_logits: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    w_in_scale: Tensor | None,
+    w_out_scale: Tensor | None,
+    *,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    activation: str,
+    glu: str,
+    weight_format: str,
+    group_size: int,
+    capacity_factor: float,
+    min_capacity: int,
+) -> Tensor:
+    routing = {"top_k": top_k, "scoring": scoring, "renormalize": renormalize}
+    routing |= {"capacity_factor": capacity_factor, "min_capacity": min_capacity}
+    expert = {"activation": activation, "glu": glu, "weight_format": weight_format, "group_size": group_size}
+    attributes = MoEAttributes.from_dict(routing | expert)
+    if weight_format != "dense":
+        raise GateworkError(
+            "PyTorch runs gatework::MoE with dense weights only",
+            got=f"weight_format {weight_format}",
+            fix="dequantise the weights first (gatework.plugins.moe.reference.dequantize)",
+        )
+    inputs = (x, router_logits, w_in, w_out, b_in, b_out, w_in_scale, w_out_scale)
+    shapes = {name: None if value is None else value.shape for name, value in zip(INPUTS, inputs, strict=True)}
+    check_shapes(attributes, shapes)
+    return _experts(x, router_logits, w_in, w_out, b_in, b_out, attributes)
+
+
+@_moe.register_fake
+def _(x: Tensor, *others: Any, **attributes: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def route(router_logits: Tensor, attributes: MoEAttributes) -> tuple[Tensor, Tensor]:
+    """Chosen experts [T, K] int64 and their weights [T, K] float32; see `reference.route`."""
+    logits = router_logits.float()
+    # torch.topk leaves open which of two equal logits comes first; a stable sort does not.
+    indices = logits.sort(dim=-1, descending=True, stable=True).indices[:, : attributes.top_k]
+    scores = logits.softmax(dim=-1) if attributes.scoring == "softmax" else logits.sigmoid()
+    weights = scores.gather(-1, indices)
+    if attributes.renormalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(TINY)
+    if attributes.capacity_factor > 0:
+        weights = weights * _kept(indices, logits.shape[1], attributes)
+    return indices, weights
+
+
+def _kept(indices: Tensor, num_experts: int, attributes: MoEAttributes) -> Tensor:
+    """Which choices [T, K] find a free slot; see `reference.kept`."""
+    T, K = indices.shape
+    chosen = F.one_hot(indices.T.reshape(K * T), num_experts)  # [K*T, E]: first choices, then second choices, ...
+    slots = (chosen.cumsum(0) * chosen).sum(-1) - 1
+    return (slots < attributes.capacity(T, num_experts)).view(K, T).T
+
+
+def _experts(
+    x: Tensor,
+    router_logits: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    attributes: MoEAttributes,
+) -> Tensor:
+    """Each expert once, over the tokens that chose it. Matrices in x's dtype, activation and sum in float32."""
+    E, K = w_in.shape[0], attributes.top_k
+    indices, weights = route(router_logits, attributes)
+    chosen, order = indices.flatten().sort(stable=True)  # choices grouped by expert, in token order
+    tokens, weights = order // K, weights.flatten()[order]
+    counts = torch.bincount(chosen, minlength=E).tolist()
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    groups = zip(tokens.split(counts), weights.split(counts), strict=True)
+    for e, (rows, weight) in enumerate(groups):
+        if not len(rows):
+            continue
+        u = F.linear(x[rows], w_in[e], None if b_in is None else b_in[e])  # [rows, G*I]
+        h = _expert_activation(u.float(), attributes).to(x.dtype)
+        out = F.linear(h, w_out[e], None if b_out is None else b_out[e])  # [rows, D]
+        # No token occurs twice among an expert's rows, so the order of additions is that of the experts.
+        y.index_add_(0, rows, weight[:, None] * out.float())
+    return y.to(x.dtype)
+
+
+def _expert_activation(u: Tensor, attributes: MoEAttributes) -> Tensor:
+    """h [rows, I] from u [rows, G*I]."""
+    activation = ACTIVATIONS[attributes.activation]
+    match u.chunk(attributes.matrices, dim=-1):
+        case [z]:
+            return activation(z)
+        case [gate, up]:
+            return activation(gate) * up
+        case [a, b, up]:
+            return a * activation(b) * up
+    raise AssertionError(attributes)
+
+
+def _gelu_tanh(z: Tensor) -> Tensor:
+    return F.gelu(z, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": F.relu,
+}
+
+
+def onnx_translation() -> dict[Any, Callable[..., Any]]:
+    """Entry for torch.onnx.export's `custom_translation_table`: one node, all attributes set. Registers the schema."""
+    from onnxscript.values import Opset
+
+    from gatework.plugins.moe import onnx_op
+
+    onnx_op.register_schema()
+    opset = Opset(DOMAIN, VERSION)
+
+    def translate(*inputs: Any, **attributes: Any) -> Any:
+        given = list(inputs)
+        while len(given) > REQUIRED_INPUTS and given[-1] is None:
+            given.pop()
+        return getattr(opset, OP_TYPE)(*given, **MoEAttributes.from_dict(attributes).to_onnx())
+
+    return {torch.ops.gatework.moe.default: translate}
