@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import cast
 
@@ -25,7 +26,7 @@ PART_BYTES = 64 << 20
 SAMPLE_BYTES = 256  # of every tensor, in the fingerprint
 
 
-def read_config(path: str | Path) -> ModelConfig:
+def read_config(path: str | PathLike[str]) -> ModelConfig:
     """ModelConfig of a checkpoint folder, or of a `config.json` or `params.json` alone; needs no weights.
 
     Raises GateworkError for a missing or malformed file, an unknown family, and a feature that is not supported.
@@ -88,7 +89,7 @@ class Checkpoint:
     source: Source
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | PathLike[str]) -> Checkpoint:
         """Open a checkpoint folder: every header is read and every tensor checked, and no data is read.
 
         Raises GateworkError for a folder, file or tensor that is missing, damaged, unsupported, extra or misshapen.

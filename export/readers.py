@@ -107,4 +107,4 @@ def locate(path: Path, name: Any, tensor: Any, records: dict[int, int]) -> Store
     if nbytes and (start not in records or first + nbytes > records[start]):
         raise GateworkError(f"tensor {name} in {path} lies outside its record", fix=DOWNLOAD)
     dtype = next((word for word, known in TORCH_DTYPES.items() if known == tensor.dtype), str(tensor.dtype))
-    return StoredTensor(path, dtype, tuple(tensor.shape), (start or 0) + first)
+    return StoredTensor(path, dtype, tuple(tensor.shape), int(start or 0) + int(first))

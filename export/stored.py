@@ -52,7 +52,7 @@ class StoredTensor:
 
     def read_into(self, out: Tensor, start: int) -> None:
         row = math.prod(self.shape[1:]) * out.element_size()
-        rest = memoryview(out.view(-1).view(torch.uint8).numpy())
+        rest = out.view(-1).view(torch.uint8).numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset + start * row)
             while len(rest):

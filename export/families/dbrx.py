@@ -44,14 +44,12 @@ def read_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def read_experts(ffn: Fields) -> tuple[MoEConfig, int]:
-    """Routing and expert width. Chosen scores are divided by their p-norm, p = moe_normalize_expert_weights: 1 or none."""
+    """Routing and expert width. `moe_normalize_expert_weights` is the p of the norm that scores are divided by."""
     ffn.nested("ffn_act_fn").refuse_unless("name", "silu")
     ffn.refuse_unless("uniform_expert_assignment", False)
     ffn.refuse_unless("moe_normalize_expert_weights", 1)
     renormalize = ffn.raw.get("moe_normalize_expert_weights", 1) is not None  # missing means 1
-    moe = MoEConfig(
-        num_experts=ffn.integer("moe_num_experts"), top_k=ffn.integer("moe_top_k"), renormalize=renormalize
-    )
+    moe = MoEConfig(num_experts=ffn.integer("moe_num_experts"), top_k=ffn.integer("moe_top_k"), renormalize=renormalize)
     return moe, ffn.integer("ffn_hidden_size")
 
 

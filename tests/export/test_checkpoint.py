@@ -1,0 +1,372 @@
+"""Checkpoint: every public format gives the same canonical tensors, bit for bit, and every flaw is named at open."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gatework.export.checkpoint import Checkpoint, read_config
+from gatework.export.families import FAMILIES
+from gatework.export.stored import StoredTensor
+from gatework.plugins.errors import GateworkError
+from tests.checkpoints import TABLE, make_checkpoint, odd_sizes, reference_model
+from tests.formats import convert, formats_of
+
+Edit = Callable[[dict[str, Tensor]], object]
+
+
+def together(model: str) -> dict[str, Any]:
+    """All odd sizes of this model in one."""
+    return {name: value for sizes in odd_sizes(model).values() for name, value in sizes.items()}
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("mixtral"), "mixtral", num_layers=1)
+
+
+@pytest.fixture
+def copy(mixtral: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(mixtral, tmp_path / "copy"))
+
+
+def edit(path: Path, change: Edit, **metadata: Any) -> None:
+    """Rewrite model.safetensors after `change` has altered its tensors in place."""
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", **metadata)
+
+
+def edit_json(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+# ---- the same weights from every format
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["table", "odd"])
+@pytest.mark.parametrize("model", TABLE)
+def test_canonical_weights_are_those_transformers_loads(model: str, odd: bool, tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, model, **(together(model) if odd else {}))
+    checkpoint = Checkpoint.open(path)
+    reference = reference_model(path)
+    assert sum(p.numel() for p in reference.parameters()) == checkpoint.config.num_parameters()
+    expected = dbrx_weights(reference) if checkpoint.config.family == "dbrx" else llama_weights(reference)
+    assert list(checkpoint.weights) == list(checkpoint.config.tensor_shapes())
+    assert expected.keys() == checkpoint.weights.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(checkpoint.read(name), tensor), name
+
+
+def llama_weights(model: Any) -> dict[str, Tensor]:
+    """Canonical weights from the modules of transformers' LLaMA, Mistral and Mixtral."""
+    weights = {"embed": model.model.embed_tokens, "norm": model.model.norm, "lm_head": model.lm_head}
+    expected = {f"{name}.weight": module.weight for name, module in weights.items()}
+    for i, layer in enumerate(model.model.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        parts = {"attn_norm": layer.input_layernorm, "ffn_norm": layer.post_attention_layernorm}
+        parts |= {f"attn.{part}": getattr(attention, f"{part}_proj") for part in "qkvo"}
+        if hasattr(mlp, "experts"):
+            parts["moe.router"] = mlp.gate
+            tensors = {"moe.w_in": mlp.experts.gate_up_proj, "moe.w_out": mlp.experts.down_proj}
+        else:
+            gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+            tensors = {"mlp.w_in": gate_up, "mlp.w_out": mlp.down_proj.weight}
+        tensors |= {f"{name}.weight": module.weight for name, module in parts.items()}
+        expected |= {f"layers.{i}.{name}": tensor for name, tensor in tensors.items()}
+    return expected
+
+
+def dbrx_weights(model: Any) -> dict[str, Tensor]:
+    """Canonical weights from the modules of transformers' DBRX."""
+    config, body = model.config, model.transformer
+    weights = {"embed": body.wte, "norm": body.norm_f, "lm_head": model.lm_head}
+    expected = {f"{name}.weight": module.weight for name, module in weights.items()}
+    kv = config.d_model // config.n_heads * config.attn_config.kv_n_heads
+    for i, block in enumerate(body.blocks):
+        attention, experts = block.norm_attn_norm.attn, block.ffn.experts.mlp
+        q, k, v = attention.Wqkv.weight.split([config.d_model, kv, kv])
+        sizes = (config.ffn_config.moe_num_experts, config.ffn_config.ffn_hidden_size, config.d_model)
+        w1, v1, w2 = (part.view(sizes) for part in (experts.w1, experts.v1, experts.w2))
+        tensors = {
+            "attn_norm.weight": block.norm_attn_norm.norm_1.weight,
+            "attn.q.weight": q,
+            "attn.k.weight": k,
+            "attn.v.weight": v,
+            "attn.o.weight": attention.out_proj.weight,
+            "ffn_norm.weight": block.norm_attn_norm.norm_2.weight,
+            "moe.router.weight": block.ffn.router.layer.weight,
+            "moe.w_in": torch.cat([w1, v1], dim=1),
+            "moe.w_out": w2.transpose(1, 2),
+        }
+        expected |= {f"layers.{i}.{name}": tensor for name, tensor in tensors.items()}
+    return expected
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["table", "odd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model", ["llama1", "codellama", "mistral", "mixtral", "dbrx"])
+def test_every_format_gives_the_same_bits(model: str, dtype: torch.dtype, odd: bool, tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, model, dtype=dtype, **(together(model) if odd else {}))
+    checkpoint = Checkpoint.open(path)
+    assert checkpoint.config.dtype == str(dtype).removeprefix("torch.")
+    for file_format in formats_of(model):
+        other = Checkpoint.open(convert(path, file_format))
+        length = {"max_position_embeddings": 0}  # which params.json does not tell
+        assert other.config.to_dict() | length == checkpoint.config.to_dict() | length, file_format
+        assert read_config(other.path).to_dict() | {"dtype": 0} == other.config.to_dict() | {"dtype": 0}
+        for name in checkpoint.weights:
+            ours, theirs = checkpoint.read(name), other.read(name)
+            assert ours.dtype == theirs.dtype == dtype
+            assert torch.equal(ours, theirs), f"{file_format}: {name}"
+            for max_bytes in (1, 1000):
+                blocks = list(other.parts(name, max_bytes=max_bytes))
+                joined = torch.stack(blocks) if ours.dim() == 3 else torch.cat(blocks)
+                assert torch.equal(ours, joined), f"{file_format}: {name}"
+
+
+def test_rows_of_meta_files_are_turned_the_right_way(tmp_path: Path) -> None:
+    """Attention scores by Meta's formula, complex numbers of adjacent pairs, equal scores by halves on our rows."""
+    path = convert(make_checkpoint(tmp_path, "llama2", num_layers=1), "meta")
+    checkpoint = Checkpoint.open(path)
+    stored = torch.load(path / "consolidated.00.pth", weights_only=True)
+    x = torch.randn(5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    angles = torch.outer(torch.arange(5.0), 1e4 ** -(torch.arange(0, 16, 2) / 16)).double()  # [S, Dh/2]
+
+    def pairs(weight: Tensor) -> Tensor:  # -> [S, heads, Dh]
+        heads = torch.view_as_complex((x @ weight.double().t()).view(5, -1, 8, 2))
+        return torch.view_as_real(heads * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(2)
+
+    def halves(weight: Tensor) -> Tensor:
+        a, b = (x @ weight.double().t()).view(5, -1, 2, 8).unbind(2)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+    wq, wk = (stored[f"layers.0.attention.w{part}.weight"] for part in "qk")
+    theirs = torch.einsum("shd,thd->hst", pairs(wq)[:, :2], pairs(wk))
+    q, k = (checkpoint.read(f"layers.0.attn.{part}.weight") for part in "qk")
+    ours = torch.einsum("shd,thd->hst", halves(q)[:, :2], halves(k))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)  # float64 sums of 64 terms below 10
+
+
+# ---- reading piece by piece
+
+
+def test_parts_are_experts_or_bounded_blocks(mixtral: Path) -> None:
+    checkpoint = Checkpoint.open(mixtral)
+    assert [tuple(part.shape) for part in checkpoint.parts("layers.0.moe.w_in")] == [(192, 64)] * 8
+    blocks = [tuple(part.shape) for part in checkpoint.parts("embed.weight", max_bytes=50 * 64 * 4)]
+    assert blocks == [(50, 64), (50, 64), (28, 64)]
+    assert [tuple(part.shape) for part in checkpoint.parts("norm.weight")] == [(64,)]
+    assert all(part.is_contiguous() for name in checkpoint.weights for part in checkpoint.parts(name))
+
+
+def test_open_reads_headers_only(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("data was read")
+
+    monkeypatch.setattr(StoredTensor, "read_into", refuse)
+    checkpoint = Checkpoint.open(mixtral)
+    with pytest.raises(AssertionError, match="data was read"):
+        checkpoint.read("norm.weight")
+
+
+def test_memory_is_bounded_by_a_part(tmp_path: Path) -> None:
+    """A sparse file of 400 MB, read in a process of its own: its peak grows by some parts of 16 MB."""
+    config = {"model_type": "llama", "hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 8, "vocab_size": 48_000, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = FAMILIES["llama"].weight_map(read_config(tmp_path))
+    header: dict[str, Any] = {}
+    end = 0
+    for piece in (piece for weight in weights.values() for piece in weight.pieces):
+        start, end = end, end + piece.numel * 4
+        header[piece.name] = {"dtype": "F32", "shape": piece.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    program = f"""
+import resource
+from gatework.export.checkpoint import Checkpoint
+checkpoint = Checkpoint.open({str(tmp_path)!r})
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before, seen = peak(), 0
+for name in checkpoint.weights:
+    for part in checkpoint.parts(name, max_bytes=16 << 20):
+        seen += part.nbytes
+assert seen == checkpoint.nbytes > 400_000_000
+print(peak() - before)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 64  # the part being read, the one before it, and the allocator's slack
+
+
+def test_weights_may_differ_in_dtype_among_each_other(copy: Path) -> None:
+    def narrow(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if "norm" not in name:
+                tensors[name] = tensors[name].bfloat16()
+
+    edit(copy, narrow)
+    checkpoint = Checkpoint.open(copy)
+    assert checkpoint.config.dtype == "bfloat16"
+    assert checkpoint.read("norm.weight").dtype == checkpoint.dtype("norm.weight") == torch.float32
+    assert checkpoint.read("layers.0.moe.w_in").dtype == torch.bfloat16
+    expected = sum(checkpoint.read(name).nbytes for name in checkpoint.weights)
+    assert checkpoint.nbytes == expected
+
+
+def test_tied_head_needs_no_tensor_and_ignores_one(copy: Path) -> None:
+    edit_json(copy / "config.json", tie_word_embeddings=True)
+    with_copy = Checkpoint.open(copy)
+    edit(copy, lambda tensors: tensors.pop("lm_head.weight"))
+    without = Checkpoint.open(copy)
+    assert with_copy.config == without.config
+    assert "lm_head.weight" not in without.weights
+
+
+def test_hugging_face_files_are_preferred(mixtral: Path, tmp_path: Path) -> None:
+    both = Path(shutil.copytree(convert(mixtral, "consolidated"), tmp_path / "both"))
+    assert Checkpoint.open(both).source.layout == "consolidated"
+    shutil.copytree(mixtral, both, dirs_exist_ok=True)
+    assert Checkpoint.open(both).source.layout == "hf"
+    (both / "model.safetensors").unlink()
+    assert Checkpoint.open(both).source.layout == "consolidated"
+
+
+def test_hugging_face_cache_links_are_followed(mixtral: Path, tmp_path: Path) -> None:
+    """A snapshot in the hub's cache holds links to the repository's blobs and nothing else."""
+    snapshot, blobs = tmp_path / "models--m" / "snapshots" / "0123", tmp_path / "models--m" / "blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(mixtral, blobs)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    assert Checkpoint.open(snapshot).config == Checkpoint.open(mixtral).config
+
+
+# ---- the fingerprint
+
+
+def test_fingerprint_does_not_depend_on_place(mixtral: Path, copy: Path) -> None:
+    assert Checkpoint.open(copy).fingerprint() == Checkpoint.open(mixtral).fingerprint()
+
+
+@pytest.mark.parametrize("file_format", ["sharded", "meta", "stacked"])
+def test_fingerprint_of_every_kind_of_source(mixtral: Path, file_format: str) -> None:
+    path = convert(mixtral, file_format)
+    first = Checkpoint.open(path).fingerprint()
+    assert first == Checkpoint.open(path).fingerprint() != Checkpoint.open(mixtral).fingerprint()
+    assert len(first) == 64
+
+
+def test_fingerprint_sees_weights_and_config(copy: Path) -> None:
+    seen = {Checkpoint.open(copy).fingerprint()}
+    edit(copy, lambda tensors: tensors["lm_head.weight"][0, 0].add_(1.0))
+    seen.add(Checkpoint.open(copy).fingerprint())
+    edit_json(copy / "config.json", rms_norm_eps=1e-6)
+    seen.add(Checkpoint.open(copy).fingerprint())
+    assert len(seen) == 3
+
+
+# ---- what is refused
+
+EXPERT = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
+
+
+def test_missing_tensor(copy: Path) -> None:
+    edit(copy, lambda tensors: tensors.pop(EXPERT))
+    with pytest.raises(GateworkError, match=f"{EXPERT} is missing"):
+        Checkpoint.open(copy)
+
+
+def test_extra_tensor(copy: Path) -> None:
+    edit(copy, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}))
+    with pytest.raises(GateworkError, match=r"q_proj\.bias .* has no place"):
+        Checkpoint.open(copy)
+
+
+def test_misshapen_tensor(copy: Path) -> None:
+    edit(copy, lambda tensors: tensors.update({EXPERT: torch.ones(96, 64)}))
+    with pytest.raises(GateworkError, match=rf"{EXPERT} .* got \(96, 64\); expected \(64, 96\)"):
+        Checkpoint.open(copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64, torch.int8], ids=str)
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_dtype_that_is_not_read(copy: Path, dtype: torch.dtype, suffix: str) -> None:
+    edit(copy, lambda tensors: tensors.update({EXPERT: tensors[EXPERT].to(dtype)}))
+    path = copy if suffix == "safetensors" else convert(copy, "bin")
+    with pytest.raises(GateworkError, match=rf"{EXPERT} .* expected float32 or float16 or bfloat16"):
+        Checkpoint.open(path)
+
+
+def test_dtypes_mixed_within_a_weight(copy: Path) -> None:
+    edit(copy, lambda tensors: tensors.update({EXPERT: tensors[EXPERT].half()}))
+    with pytest.raises(GateworkError, match=r"layers\.0\.moe\.w_out .* float16 and float32"):
+        Checkpoint.open(copy)
+
+
+@pytest.mark.parametrize("call", [Checkpoint.open, read_config])
+def test_missing_folder(call: Callable[[Path], object], tmp_path: Path) -> None:
+    with pytest.raises(GateworkError, match="nowhere does not exist"):
+        call(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("call", [Checkpoint.open, read_config])
+def test_empty_folder(call: Callable[[Path], object], tmp_path: Path) -> None:
+    with pytest.raises(GateworkError, match=r"neither config\.json nor params\.json"):
+        call(tmp_path)
+
+
+def test_file_instead_of_folder(mixtral: Path) -> None:
+    with pytest.raises(GateworkError, match="is not a folder"):
+        Checkpoint.open(mixtral / "config.json")
+
+
+@pytest.mark.parametrize("config", ["config.json", "params.json"])
+def test_folder_without_weights(mixtral: Path, tmp_path: Path, config: str) -> None:
+    shutil.copy((convert(mixtral, "meta") if config == "params.json" else mixtral) / config, tmp_path)
+    assert read_config(tmp_path).family == "mixtral"
+    with pytest.raises(GateworkError, match="has no weights"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "is not JSON"),
+        ("{", "is not JSON"),
+        ("[1]", "no JSON object"),
+        ("\xff", "is not JSON"),
+        ("[" * 200_000, "nested too deeply"),
+        ('{"a":' * 200_000, "nested too deeply"),
+        ('{"vocab_size": ' + "9" * 10_000 + "}", "is not JSON"),
+        ('{"model_type": "gpt2"}', "llama, mistral, mixtral, dbrx"),
+    ],
+)
+def test_config_that_is_none(copy: Path, text: str, reason: str) -> None:
+    (copy / "config.json").write_text(text, encoding="latin-1")
+    for call in (Checkpoint.open, read_config):
+        with pytest.raises(GateworkError, match=reason):
+            call(copy)
+    with pytest.raises(GateworkError, match=reason):
+        read_config(copy / "config.json")
+
+
+def test_config_larger_than_the_files(copy: Path) -> None:
+    edit_json(copy / "config.json", num_hidden_layers=10_000)
+    with pytest.raises(GateworkError, match=r"model\.layers\.1\..* is missing"):
+        Checkpoint.open(copy)

@@ -1,0 +1,106 @@
+"""ModelConfig: what it refuses, what it counts, and its JSON form."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import pytest
+
+from gatework.export.config import ModelConfig, MoEConfig
+from gatework.plugins.errors import GateworkError
+
+DENSE = ModelConfig(
+    family="llama",
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+)
+ROUTED = replace(DENSE, moe=MoEConfig(num_experts=5, top_k=3), eos_token_ids=(2, 7), dtype="bfloat16", qkv_clip=8.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"hidden_size": -64}, "hidden_size"),
+        ({"num_layers": True}, "num_layers"),
+        ({"intermediate_size": 96.0}, "intermediate_size"),
+        ({"max_position_embeddings": None}, "max_position_embeddings"),
+        ({"num_kv_heads": 3}, "num_kv_heads"),
+        ({"head_dim": 15}, "head_dim"),
+        ({"norm_eps": math.nan}, "norm_eps"),
+        ({"rope_theta": math.inf}, "rope_theta"),
+        ({"rope_theta": -1e4}, "rope_theta"),
+        ({"sliding_window": 0}, "sliding_window"),
+        ({"qkv_clip": 0.0}, "qkv_clip"),
+    ],
+)
+def test_impossible_value_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(GateworkError, match=named):
+        replace(DENSE, **changes)
+
+
+@pytest.mark.parametrize(("experts", "top_k", "named"), [(0, 1, "num_experts"), (4, 0, "top_k"), (4, 5, "top_k")])
+def test_impossible_routing_is_refused_by_name(experts: int, top_k: int, named: str) -> None:
+    with pytest.raises(GateworkError, match=named):
+        MoEConfig(num_experts=experts, top_k=top_k)
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        DENSE.vocab_size = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("config", [DENSE, ROUTED], ids=["dense", "routed"])
+def test_json_round_trip(config: ModelConfig) -> None:
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("change", [{"rope_scaling": 2}, {"moe": {"num_experts": 4, "top_k": 2, "noise": 1}}])
+def test_unknown_field_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(GateworkError, match=r"rope_scaling|noise"):
+        ModelConfig.from_dict(DENSE.to_dict() | change)
+
+
+def test_missing_field_is_refused() -> None:
+    fields = DENSE.to_dict()
+    del fields["head_dim"]
+    with pytest.raises(GateworkError, match="head_dim"):
+        ModelConfig.from_dict(fields)
+
+
+def test_tensor_shapes() -> None:
+    config = replace(ROUTED, num_layers=1)
+    assert config.tensor_shapes() == {
+        "embed.weight": (128, 64),
+        "layers.0.attn_norm.weight": (64,),
+        "layers.0.attn.q.weight": (64, 64),
+        "layers.0.attn.k.weight": (32, 64),
+        "layers.0.attn.v.weight": (32, 64),
+        "layers.0.attn.o.weight": (64, 64),
+        "layers.0.ffn_norm.weight": (64,),
+        "layers.0.moe.router.weight": (5, 64),
+        "layers.0.moe.w_in": (5, 192, 64),
+        "layers.0.moe.w_out": (5, 64, 96),
+        "norm.weight": (64,),
+        "lm_head.weight": (128, 64),
+    }
+    assert "lm_head.weight" not in replace(config, tie_embeddings=True).tensor_shapes()
+
+
+def test_counts() -> None:
+    layer = 2 * 64 + 64 * 64 * 2 + 32 * 64 * 2
+    expert = 3 * 64 * 96
+    outside = 2 * 128 * 64 + 64
+    assert DENSE.num_parameters() == DENSE.num_active_parameters() == 2 * (layer + expert) + outside
+    assert ROUTED.num_parameters() == 2 * (layer + 5 * 64 + 5 * expert) + outside
+    assert ROUTED.num_active_parameters() == 2 * (layer + 5 * 64 + 3 * expert) + outside
+    assert DENSE.kv_bytes_per_token(2) == 2 * 2 * 2 * 16 * 2

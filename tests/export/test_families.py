@@ -1,0 +1,395 @@
+"""Config readers and weight maps of every family: published sizes, transformers' defaults, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from gatework.export.checkpoint import read_config
+from gatework.export.config import ModelConfig
+from gatework.export.families import FAMILIES, family_of, params_json
+from gatework.plugins.errors import GateworkError
+from tests.checkpoints import TABLE, hf_config
+
+Raw = dict[str, Any]
+
+
+def llama(D: int, layers: int, H: int, I: int, **others: Any) -> Raw:
+    """config.json of a LLaMA repository on the hub."""
+    sizes = {"hidden_size": D, "num_hidden_layers": layers, "num_attention_heads": H, "intermediate_size": I}
+    fields = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 32000}
+    fields |= {"torch_dtype": "float16", "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-5, "use_cache": True}
+    return fields | {"tie_word_embeddings": False, "initializer_range": 0.02} | sizes | others
+
+
+GQA = {"num_key_value_heads": 8}
+CODE = {"rope_theta": 1e6, "max_position_embeddings": 16384, "rope_scaling": None, "pretraining_tp": 1}
+MISTRAL = llama(4096, 32, 32, 14336, **GQA, torch_dtype="bfloat16", max_position_embeddings=32768) | {
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "sliding_window": 4096,
+    "rope_theta": 1e4,
+}
+MIXTRAL = MISTRAL | {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "sliding_window": None,
+    "rope_theta": 1e6,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.02,
+}
+MIXTRAL_22B = MIXTRAL | {"hidden_size": 6144, "num_hidden_layers": 56, "num_attention_heads": 48}
+MIXTRAL_22B |= {"intermediate_size": 16384, "max_position_embeddings": 65536}
+DBRX = {
+    "architectures": ["DbrxForCausalLM"],
+    "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "model_type": "", "rope_theta": 500000},
+    "auto_map": {"AutoConfig": "configuration_dbrx.DbrxConfig"},
+    "d_model": 6144,
+    "emb_pdrop": 0.0,
+    "ffn_config": {
+        "ffn_hidden_size": 10752,
+        "model_type": "",
+        "moe_jitter_eps": 0,
+        "moe_loss_weight": 0.05,
+        "moe_num_experts": 16,
+        "moe_top_k": 4,
+    },
+    "max_seq_len": 32768,
+    "model_type": "dbrx",
+    "n_heads": 48,
+    "n_layers": 40,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 100352,
+}
+
+# name -> config, parameters, active parameters, bytes of keys and values per token in fp16
+PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
+    "llama-7b": (llama(4096, 32, 32, 11008, rms_norm_eps=1e-6), 6_738_415_616, 6_738_415_616, 524_288),
+    "llama-13b": (llama(5120, 40, 40, 13824, rms_norm_eps=1e-6), 13_015_864_320, 13_015_864_320, 819_200),
+    "llama-33b": (llama(6656, 60, 52, 17920, rms_norm_eps=1e-6), 32_528_943_616, 32_528_943_616, 1_597_440),
+    "llama-65b": (llama(8192, 80, 64, 22016), 65_285_660_672, 65_285_660_672, 2_621_440),
+    "llama-2-70b": (llama(8192, 80, 64, 28672, **GQA), 68_976_648_192, 68_976_648_192, 327_680),
+    "codellama-7b": (llama(4096, 32, 32, 11008, vocab_size=32016, **CODE), 6_738_546_688, 6_738_546_688, 524_288),
+    "codellama-13b": (llama(5120, 40, 40, 13824, vocab_size=32016, **CODE), 13_016_028_160, 13_016_028_160, 819_200),
+    "codellama-34b": (llama(8192, 48, 64, 22016, **GQA, **CODE), 33_743_970_304, 33_743_970_304, 196_608),
+    "codellama-70b": (llama(8192, 80, 64, 28672, vocab_size=32016, **GQA), 68_976_910_336, 68_976_910_336, 327_680),
+    "orca-2-7b": (llama(4096, 32, 32, 11008, vocab_size=32003), 6_738_440_192, 6_738_440_192, 524_288),
+    "orca-2-13b": (llama(5120, 40, 40, 13824, vocab_size=32003), 13_015_895_040, 13_015_895_040, 819_200),
+    "mistral-7b": (MISTRAL, 7_241_732_096, 7_241_732_096, 131_072),
+    "mixtral-8x7b": (MIXTRAL, 46_702_792_704, 12_879_925_248, 131_072),
+    "mixtral-8x22b": (MIXTRAL_22B, 140_620_634_112, 39_152_031_744, 229_376),
+    "dbrx": (DBRX, 131_596_523_520, 36_469_708_800, 163_840),
+}
+
+# The params.json of Mixtral's first release, as it was passed around, to the letter.
+MIXTRAL_PARAMS = (
+    '{"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8,'
+    ' "norm_eps": 1e-05, "vocab_size": 32000, "moe": {"num_experts_per_tok": 2, "num_experts": 8}}'
+)
+
+
+def read(raw: Raw) -> ModelConfig:
+    return family_of(raw).read_config(raw)
+
+
+def without(raw: Raw, *names: str) -> Raw:
+    return {name: value for name, value in raw.items() if name not in names}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name: str) -> None:
+    raw, total, active, kv_bytes = PUBLISHED[name]
+    config = read(raw)
+    assert config.num_parameters() == total
+    assert config.num_active_parameters() == active
+    assert config.kv_bytes_per_token(2) == kv_bytes
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_weight_map_covers_every_weight_and_no_element_twice(name: str) -> None:
+    config = read(PUBLISHED[name][0])
+    weights = FAMILIES[config.family].weight_map(config)
+    assert {ours: weight.shape for ours, weight in weights.items()} == config.tensor_shapes()
+    taken: dict[str, list[tuple[int, int]]] = {}
+    for weight in weights.values():
+        for piece in weight.pieces:
+            taken.setdefault(piece.name, []).append(piece.rows or (0, piece.shape[0]))
+    sizes = {piece.name: piece.shape[0] for weight in weights.values() for piece in weight.pieces}
+    for tensor, ranges in taken.items():
+        ends = [0, *(stop for _, stop in sorted(ranges))]
+        assert [start for start, _ in sorted(ranges)] == ends[:-1], tensor
+        assert ends[-1] == sizes[tensor], tensor
+
+
+# ---- what config.json says and leaves out
+
+SILENT: dict[str, Raw] = {
+    "llama": without(PUBLISHED["llama-7b"][0], "rms_norm_eps", "torch_dtype", "tie_word_embeddings", "architectures"),
+    "llama kv null": llama(4096, 32, 32, 11008, num_key_value_heads=None, head_dim=None),
+    "llama grouped": llama(4096, 32, 32, 11008, num_key_value_heads=4),
+    "mistral": without(MISTRAL, "num_key_value_heads", "rms_norm_eps", "sliding_window", "rope_theta"),
+    "mistral unwindowed": MISTRAL | {"sliding_window": None},
+    "mistral positions": without(MISTRAL, "max_position_embeddings"),
+    "mixtral": without(MIXTRAL, "num_key_value_heads", "rms_norm_eps", "sliding_window", "rope_theta"),
+    "mixtral windowed": MIXTRAL | {"sliding_window": 4096},
+    "head_dim": MISTRAL | {"head_dim": 96},
+    "transformers 5": without(MIXTRAL, "rope_theta", "torch_dtype")
+    | {"dtype": "bfloat16", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "tied": MISTRAL | {"tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_silent_fields_mean_what_transformers_takes_them_for(name: str) -> None:
+    raw = SILENT[name]
+    config = read(raw)
+    theirs = transformers.AutoConfig.for_model(**raw)
+    assert config.num_kv_heads == theirs.num_key_value_heads
+    assert config.head_dim == (theirs.head_dim or theirs.hidden_size // theirs.num_attention_heads)
+    assert config.norm_eps == theirs.rms_norm_eps
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert config.sliding_window == getattr(theirs, "sliding_window", None)
+    assert config.max_position_embeddings == theirs.max_position_embeddings
+    assert config.tie_embeddings == theirs.tie_word_embeddings
+
+
+def test_null_kv_heads_are_as_many_as_query_heads() -> None:
+    """As before transformers 5, which no longer takes null here from Mistral."""
+    assert read(MISTRAL | {"num_key_value_heads": None}).num_kv_heads == 32
+
+
+@pytest.mark.parametrize("model", TABLE)
+def test_reads_what_transformers_writes(model: str, tmp_path: Path) -> None:
+    hf_config(model).save_pretrained(tmp_path)
+    model_type, sizes = TABLE[model]
+    config = read_config(tmp_path)
+    assert config.family == model_type
+    for name, value in sizes.items():
+        owner = config.moe if name in ("num_experts", "top_k") else config
+        assert getattr(owner, name) == value, name
+
+
+@pytest.mark.parametrize(("field", "length"), [("max_position_embeddings", 4096), ("max_sequence_length", 1024)])
+def test_context_length_under_either_name(field: str, length: int) -> None:
+    assert read(llama(4096, 32, 32, 11008, **{field: length})).max_position_embeddings == length
+
+
+def test_context_length_of_configs_that_leave_it_out() -> None:
+    assert read(llama(4096, 32, 32, 11008)).max_position_embeddings == 2048
+
+
+@pytest.mark.parametrize(("given", "read_as"), [(2, (2,)), ([2, 32000], (2, 32000)), (None, ()), ([], ())])
+def test_end_of_text_ids(given: Any, read_as: tuple[int, ...]) -> None:
+    assert read(MISTRAL | {"eos_token_id": given}).eos_token_ids == read_as
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "torch.bfloat16"}, "bfloat16"),
+        ({"torch_dtype": None}, "float32"),
+        ({}, "float32"),
+    ],
+)
+def test_dtype_under_either_name(fields: Raw, dtype: str) -> None:
+    assert read(without(MISTRAL, "torch_dtype") | fields).dtype == dtype
+
+
+def test_generation_config_adds_end_of_text_ids(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(DBRX))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [100257, 100279]}))
+    assert read_config(tmp_path).eos_token_ids == (100257, 100279)
+    assert read_config(tmp_path / "config.json").eos_token_ids == ()
+
+
+def test_dbrx() -> None:
+    config = read(DBRX)
+    assert (config.norm, config.norm_eps, config.rope_theta, config.qkv_clip) == ("layer", 1e-5, 5e5, 8.0)
+    assert (config.num_kv_heads, config.head_dim, config.max_position_embeddings) == (8, 128, 32768)
+    assert config.moe is not None
+    assert config.moe.renormalize
+
+
+@pytest.mark.parametrize(("value", "renormalize"), [(1, True), (1.0, True), (None, False)])
+def test_dbrx_expert_weight_norm(value: Any, renormalize: bool) -> None:
+    config = read(DBRX | {"ffn_config": DBRX["ffn_config"] | {"moe_normalize_expert_weights": value}})
+    assert config.moe is not None
+    assert config.moe.renormalize == renormalize
+
+
+def test_dbrx_without_clip() -> None:
+    assert read(DBRX | {"attn_config": DBRX["attn_config"] | {"clip_qkv": None}}).qkv_clip is None
+
+
+# ---- what is refused
+
+UNSUPPORTED: dict[str, tuple[Raw, str]] = {
+    "rope_scaling": (MISTRAL | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type"),
+    "rope_scaling untyped": (MISTRAL | {"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor"),
+    "yarn": (MISTRAL | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters.rope_type"),
+    "rope per layer": (MISTRAL | {"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention"),
+    "two thetas": (MISTRAL | {"rope_parameters": {"rope_theta": 1e6}}, "rope_theta"),
+    "partial rotary": (MISTRAL | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "attention bias": (llama(64, 2, 4, 96, attention_bias=True), "attention_bias"),
+    "mlp bias": (llama(64, 2, 4, 96, mlp_bias=True), "mlp_bias"),
+    "activation": (llama(64, 2, 4, 96, hidden_act="gelu"), "hidden_act"),
+    "quantised": (MIXTRAL | {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    "dtype": (MIXTRAL | {"torch_dtype": "float8_e4m3fn"}, "torch_dtype"),
+    "another class": (llama(64, 2, 4, 96, architectures=["OpenMoeForCausalLM"]), "architectures"),
+    "mixed layers": (MISTRAL | {"layer_types": ["full_attention", "sliding_attention"] * 16}, "layer_types"),
+    "p-norm": (DBRX | {"ffn_config": DBRX["ffn_config"] | {"moe_normalize_expert_weights": 2}}, "moe_normalize"),
+    "dbrx gelu": (DBRX | {"ffn_config": DBRX["ffn_config"] | {"ffn_act_fn": {"name": "gelu"}}}, "ffn_act_fn.name"),
+    "dbrx thetas": (DBRX | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta"),
+    "missing": (without(MISTRAL, "hidden_size"), "hidden_size"),
+    "null": (MISTRAL | {"vocab_size": None}, "vocab_size"),
+    "mistyped": (MISTRAL | {"vocab_size": "32000"}, "vocab_size"),
+    "fraction": (MISTRAL | {"num_hidden_layers": 32.5}, "num_hidden_layers"),
+    "bool": (MISTRAL | {"num_hidden_layers": True}, "num_hidden_layers"),
+    "no division": (without(MISTRAL, "head_dim") | {"num_attention_heads": 40}, "head_dim"),
+    "no heads": (MISTRAL | {"num_attention_heads": 0, "num_key_value_heads": None}, "head"),
+    "endless": (MISTRAL | {"num_hidden_layers": 10**12}, "num_hidden_layers"),
+    "endless experts": (MIXTRAL | {"num_local_experts": 10**9}, "num_hidden_layers"),
+    "huge number": (MISTRAL | {"rms_norm_eps": 10**400}, "rms_norm_eps"),
+    "token ids": (MISTRAL | {"eos_token_id": "</s>"}, "eos_token_id"),
+    "nested": (DBRX | {"attn_config": [1]}, "attn_config"),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_refused_by_name(name: str) -> None:
+    raw, field = UNSUPPORTED[name]
+    with pytest.raises(GateworkError, match=field):
+        read(raw)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", None, 3, ["llama"]])
+def test_unknown_model_type_lists_the_known(model_type: Any) -> None:
+    with pytest.raises(GateworkError, match="llama, mistral, mixtral, dbrx"):
+        read({"model_type": model_type})
+
+
+# ---- params.json
+
+
+def test_mixtral_params(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text(MIXTRAL_PARAMS)
+    config = read_config(tmp_path / "params.json")
+    assert config == read_config(tmp_path)
+    assert (config.family, config.rope_theta, config.sliding_window) == ("mixtral", 1e6, None)
+    assert (config.num_parameters(), config.num_active_parameters()) == (46_702_792_704, 12_879_925_248)
+    assert config == read(MIXTRAL)
+
+
+MISTRAL_PARAMS = {"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8}
+MISTRAL_PARAMS |= {"norm_eps": 1e-5, "vocab_size": 32000}
+LLAMA_PARAMS = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-6, "vocab_size": 32000}
+LLAMA_70B = {"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8}
+LLAMA_70B |= {"n_layers": 80, "norm_eps": 1e-5, "vocab_size": 32000}
+STACKED_PARAMS = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+STACKED_PARAMS |= {"intermediate_size": 14336, "vocab_size": 32000, "rms_norm_eps": 1e-5}
+STACKED_PARAMS |= {"num_local_experts": 8, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "theta", "window"),
+    [
+        ({"sliding_window": 4096}, 1e4, 4096),  # v0.1
+        ({}, 1e6, None),  # v0.2
+        ({"rope_theta": 1000000.0}, 1e6, None),  # v0.3
+        ({"sliding_window": None}, 1e6, None),
+        ({"sliding_window": "4096"}, 1e4, 4096),
+        ({"sliding_window": [4096] * 32}, 1e4, 4096),
+        ({"sliding_window": 4096, "rope_theta": 1e6}, 1e6, 4096),
+    ],
+)
+def test_mistral_params_rope_base_follows_the_window(fields: Raw, theta: float, window: int | None) -> None:
+    config = params_json.read_config(MISTRAL_PARAMS | fields)
+    assert (config.rope_theta, config.sliding_window, config.family) == (theta, window, "mistral")
+    assert config.num_parameters() == 7_241_732_096
+
+
+@pytest.mark.parametrize(
+    ("raw", "total", "theta", "length"),
+    [
+        (LLAMA_PARAMS, 6_738_415_616, 1e4, 2048),
+        (LLAMA_PARAMS | {"norm_eps": 1e-5}, 6_738_415_616, 1e4, 4096),
+        (LLAMA_70B, 68_976_648_192, 1e4, 4096),
+        (LLAMA_PARAMS | {"norm_eps": 1e-5, "rope_theta": 1e6, "vocab_size": 32016}, 6_738_546_688, 1e6, 16384),
+    ],
+)
+def test_meta_params(raw: Raw, total: int, theta: float, length: int) -> None:
+    config = params_json.read_config(raw)
+    assert (config.family, config.num_parameters()) == ("llama", total)
+    assert (config.rope_theta, config.max_position_embeddings) == (theta, length)
+
+
+def test_stacked_params() -> None:
+    config = params_json.read_config(STACKED_PARAMS | {"sliding_window": "4096", "rope_theta": 1e6})
+    assert replace(config, sliding_window=None) == read(MIXTRAL)
+    assert config.sliding_window == 4096
+
+
+def test_vocabulary_left_to_the_embedding() -> None:
+    raw = LLAMA_PARAMS | {"vocab_size": -1}
+    assert params_json.read_config(raw, vocab_rows=32016).vocab_size == 32016
+    with pytest.raises(GateworkError, match="vocab_size"):
+        params_json.read_config(raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "field"),
+    [
+        (MISTRAL_PARAMS | {"use_biases": True}, "use_biases"),
+        (LLAMA_PARAMS | {"use_scaled_rope": True}, "use_scaled_rope"),
+        (MISTRAL_PARAMS | {"yarn": {"factor": 4}}, "yarn"),
+        (MISTRAL_PARAMS | {"moe": {"num_experts": 8, "num_shared_experts": 1}}, "moe.num_shared_experts"),
+        (MISTRAL_PARAMS | {"sliding_window": [4096, None]}, "sliding_window"),
+        (MISTRAL_PARAMS | {"sliding_window": "wide"}, "sliding_window"),
+        (without(MISTRAL_PARAMS, "n_layers"), "n_layers"),
+        (MISTRAL_PARAMS | {"n_heads": "32"}, "n_heads"),
+        (without(LLAMA_PARAMS, "multiple_of"), "multiple_of"),
+        (LLAMA_PARAMS | {"multiple_of": 0}, "multiple_of"),
+        (LLAMA_70B | {"ffn_dim_multiplier": math.nan}, "ffn_dim_multiplier"),
+        (LLAMA_70B | {"ffn_dim_multiplier": 10**400}, "ffn_dim_multiplier"),
+    ],
+)
+def test_params_refused_by_name(raw: Raw, field: str) -> None:
+    with pytest.raises(GateworkError, match=field):
+        params_json.read_config(raw)
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["per expert", "stacked"])
+@pytest.mark.parametrize(
+    "raw", [LLAMA_PARAMS, MISTRAL_PARAMS, json.loads(MIXTRAL_PARAMS)], ids=["llama", "mistral", "moe"]
+)
+def test_params_weight_map_covers_every_weight(raw: Raw, stacked: bool) -> None:
+    config = params_json.read_config(raw)
+    weights = params_json.weight_map(config, stacked_experts=stacked)
+    assert {ours: weight.shape for ours, weight in weights.items()} == config.tensor_shapes()
+
+
+@pytest.mark.parametrize("read_one", [read, params_json.read_config], ids=["config.json", "params.json"])
+def test_no_field_value_breaks_the_reader(read_one: Callable[[Raw], ModelConfig]) -> None:
+    """Every field in turn holds something absurd: the reader returns or raises GateworkError, and nothing else."""
+    raw = MIXTRAL if read_one is read else json.loads(MIXTRAL_PARAMS)
+    absurd = [None, True, -1, 0, 10**30, 1e300, math.nan, math.inf, "", "x", [], [[]], {}, {"a": []}]
+    refused = 0
+    for name in raw:
+        for value in absurd:
+            try:
+                read_one(raw | {name: value})
+            except GateworkError:
+                refused += 1
+    assert refused > len(raw)
