@@ -1,6 +1,6 @@
-"""Makes the benchmark model: Mixtral's architecture at 1.1 billion random parameters, 2.3 GB in bfloat16, in the Hugging Face layout.
+"""Makes the benchmark model: Mixtral's architecture with 1.15 billion random parameters, 2.3 GB of bfloat16 in HF layout.
 
-    python benchmarks/random_mixtral.py build/bench/random-mixtral
+python benchmarks/random_mixtral.py build/bench/random-mixtral
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def make(directory: Path, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     path = directory / "model.safetensors"
     path.unlink(missing_ok=True)
-    with SafetensorsWriter(path, [TensorSpec(name, torch.bfloat16, shape) for name, shape in shapes.items()], align=8) as file:
+    with SafetensorsWriter(
+        path, [TensorSpec(name, torch.bfloat16, shape) for name, shape in shapes.items()], align=8
+    ) as file:
         for name, shape in shapes.items():
             if len(shape) == 1:
                 tensor = torch.ones(shape)

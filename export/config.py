@@ -27,7 +27,9 @@ class MoEConfig:
         if self.num_experts < 1:
             raise GateworkError("num_experts is not positive", got=self.num_experts, expected="at least 1")
         if not 1 <= self.top_k <= self.num_experts:
-            raise GateworkError("top_k is out of range", got=self.top_k, expected=f"1 to num_experts={self.num_experts}")
+            raise GateworkError(
+                "top_k is out of range", got=self.top_k, expected=f"1 to num_experts={self.num_experts}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +61,21 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        )
         for name in (*sizes, "max_position_embeddings"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise GateworkError(f"{name} is not a positive integer", got=repr(value), fix="check the checkpoint's config")
+                raise GateworkError(
+                    f"{name} is not a positive integer", got=repr(value), fix="check the checkpoint's config"
+                )
         if self.num_heads % self.num_kv_heads:
             raise GateworkError(
                 "num_heads is not a multiple of num_kv_heads", got=f"{self.num_heads} and {self.num_kv_heads}"
@@ -75,7 +87,9 @@ class ModelConfig:
             if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
                 raise GateworkError(f"{name} is not a positive number", got=repr(value))
         if self.sliding_window is not None and self.sliding_window < 1:
-            raise GateworkError("sliding_window is not positive", got=self.sliding_window, expected="at least 1, or none")
+            raise GateworkError(
+                "sliding_window is not positive", got=self.sliding_window, expected="at least 1, or none"
+            )
         if self.qkv_clip is not None and not self.qkv_clip > 0:
             raise GateworkError("qkv_clip is not positive", got=self.qkv_clip, expected="a positive bound, or none")
 

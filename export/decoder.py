@@ -19,9 +19,7 @@ from gatework.plugins.moe.spec import MoEAttributes
 def moe_attributes(config: ModelConfig) -> MoEAttributes:
     """The operator's settings for this model's feed-forward layers."""
     assert config.moe is not None
-    return MoEAttributes(
-        top_k=config.moe.top_k, renormalize=config.moe.renormalize, activation="silu", glu="two_way"
-    )
+    return MoEAttributes(top_k=config.moe.top_k, renormalize=config.moe.renormalize, activation="silu", glu="two_way")
 
 
 def rope_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
@@ -65,7 +63,11 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        D, width, kv_width = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        D, width, kv_width = (
+            config.hidden_size,
+            config.num_heads * config.head_dim,
+            config.num_kv_heads * config.head_dim,
+        )
         self.q, self.k, self.v = Linear(width, D), Linear(kv_width, D), Linear(kv_width, D)
         self.o = Linear(D, width)
 
@@ -120,7 +122,9 @@ class MoE(nn.Module):
 class Step:
     """What every layer of one forward pass shares."""
 
-    def __init__(self, config: ModelConfig, position_ids: Tensor, write_indices: Tensor, cos: Tensor, sin: Tensor) -> None:
+    def __init__(
+        self, config: ModelConfig, position_ids: Tensor, write_indices: Tensor, cos: Tensor, sin: Tensor
+    ) -> None:
         self.position_ids = position_ids  # [B, S]
         self.write_indices = write_indices  # [B]
         self.cos, self.sin = cos, sin  # [S_max, Dh/2]
@@ -167,6 +171,8 @@ class Decoder(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = Linear(config.vocab_size, config.hidden_size)
         cos, sin = rope_tables(config, max_seq)
+        self.rope_cos: Tensor
+        self.rope_sin: Tensor
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 

@@ -38,7 +38,9 @@ def write_model(model: ir.Model, checkpoint: Checkpoint, directory: Path, *, pro
         if value.const_value is not None and value.const_value.nbytes > _INLINE_BYTES
     }
     names = [GRAPH]
-    with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc="weights", disable=not progress, file=sys.stderr) as bar:
+    with tqdm(
+        total=checkpoint.nbytes, unit="B", unit_scale=True, desc="weights", disable=not progress, file=sys.stderr
+    ) as bar:
         for name, group, constants, align in ((DENSE, dense, tables, 64), (EXPERTS, experts, {}, 4096)):
             if group or constants:
                 _write_file(model, checkpoint, directory / name, group, constants, align, bar)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import onnx_ir as ir
 import torch
@@ -81,15 +83,14 @@ def _clean(model: ir.Model) -> ir.Model:
     return model
 
 
-class _quiet(warnings.catch_warnings):  # noqa: N801 - used as a function
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Silences the exporter's notices about absent optional packages and data-free initializers."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.simplefilter("ignore")
-        self.level = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *error: object) -> None:
-        logging.disable(self.level)
-        super().__exit__(*error)
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

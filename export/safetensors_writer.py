@@ -99,5 +99,7 @@ def disk_error(error: OSError, path: Path, size: int) -> Exception:
     """A one-line error for a full disk; anything else as it is."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         needed = f"{size / 1e6:,.1f} MB for {path.name}"
-        return GateworkError(f"no room to write {path}", got="a full disk", expected=needed, fix="free space or change --out")
+        return GateworkError(
+            f"no room to write {path}", got="a full disk", expected=needed, fix="free space or change --out"
+        )
     return error

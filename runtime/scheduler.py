@@ -71,6 +71,9 @@ class Request:
             self.text += self.matcher.flush()
 
     def _match(self, piece: str) -> None:
+        if len(self.output_ids) <= self.params.min_tokens:  # stop strings count from there on
+            self.text += piece
+            return
         self.text += self.matcher.push(piece)
         if self.matcher.stopped:
             self.finish_reason = "stop"

@@ -60,7 +60,9 @@ def check_logits(backend: OrtBackend, prompts: list[list[int]], sequences: list[
         for start in range(0, len(prompt), 8):
             chunk = prompt[start : start + 8]
             got = backend.prefill(slot, chunk, start)
-            assert_close(got, sequences[slot][1][start + len(chunk) - 1], f"prefill of row {slot} to {start + len(chunk)}")
+            assert_close(
+                got, sequences[slot][1][start + len(chunk) - 1], f"prefill of row {slot} to {start + len(chunk)}"
+            )
     for step in range(NEW_TOKENS - 1):
         at = [len(prompt) + step for prompt in prompts]
         rows = backend.decode([sequences[row][0][at[row]] for row in range(2)], at)

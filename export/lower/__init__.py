@@ -10,8 +10,10 @@ from gatework.export.config import ModelConfig
 from gatework.export.lower.attention import to_group_query_attention
 from gatework.export.lower.embedding import to_gather_block_quantized
 from gatework.export.lower.graph import tidy
+from gatework.export.lower.last_position import hoist_last_position
 from gatework.export.lower.linear import to_fused_matmul, to_matmul_nbits
 from gatework.export.lower.moe import to_contrib_moe
+from gatework.export.lower.norm import fuse_residual_norm
 
 CpuPrecision = Literal["fp32", "int8", "int4"]
 BITS: dict[CpuPrecision, int | None] = {"fp32": None, "int8": 8, "int4": 4}
@@ -23,10 +25,12 @@ def lower_to_cpu(model: ir.Model, config: ModelConfig, precision: CpuPrecision, 
     Post: products, experts and embedding are in the precision asked for; routers, norms and activations are float32.
     """
     bits = BITS[precision]
+    model, _ = hoist_last_position(model)
     model, _ = to_group_query_attention(model, config)
     model, _ = to_contrib_moe(model, bits=bits, group=group)
     if bits is not None:
         model, _ = to_matmul_nbits(model, bits=bits, group=group)
         model, _ = to_gather_block_quantized(model, bits=bits, group=group)
     model, _ = to_fused_matmul(model)
+    model, _ = fuse_residual_norm(model)
     return tidy(model)

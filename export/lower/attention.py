@@ -89,9 +89,7 @@ def _merged_heads(value: ir.Value) -> ir.Value:
     return value
 
 
-def _packed_projection(
-    graph: ir.Graph, build: Builder, heads: list[ir.Value | None], config: ModelConfig
-) -> ir.Value:
+def _packed_projection(graph: ir.Graph, build: Builder, heads: list[ir.Value | None], config: ModelConfig) -> ir.Value:
     """One product x [Wq; Wk; Wv]^T, clipped like the three that it replaces: [B, S, (H + 2 Hkv) * Dh]."""
     matmuls = [_projection(value) for value in heads]
     weights = [linear_weight(matmul) for matmul in matmuls]
@@ -122,5 +120,3 @@ def _projection(value: ir.Value | None) -> ir.Node:
     matmul = producer(value, "MatMul")
     assert matmul is not None
     return matmul
-
-

@@ -32,7 +32,9 @@ class Builder:
         name = f"const_{array.dtype}_{'x'.join(map(str, array.shape))}_{'_'.join(str(x) for x in array.ravel())}"
         if name not in self.graph.initializers:
             tensor = ir.tensor(array, name=name)
-            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+            value = ir.Value(
+                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+            )
             self.graph.initializers[name] = value
         return self.graph.initializers[name]
 

@@ -5,6 +5,7 @@ Pre: canonical MatMul nodes. Post: no Transpose of a weight is left; routers sta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import onnx_ir as ir
@@ -12,7 +13,7 @@ import torch
 
 from gatework.export.lower.graph import MS, Builder, linear_weight, replace
 from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
-from gatework.export.quantize import quantize_rows
+from gatework.export.quantize import fit_group, quantize_rows
 
 
 def to_fused_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
@@ -23,20 +24,21 @@ def to_fused_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
 def to_matmul_nbits(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model, bool]:
     """Quantise every product with a weight but the routers'."""
 
-    def product(build: Builder, x: ir.Value, weight: ir.Value) -> ir.Value | None:
+    def product(build: Builder, x: ir.Value | None, weight: ir.Value) -> ir.Value | None:
         pack = pack_of(weight)
         (spec,) = pack.outputs
         if ".router." in spec.name:
             return None
         N, K = static_shape(weight)
-        blocks = -(-K // group)
+        size = fit_group(K, group) or min(group, 32)  # the last block of an odd row is padded
+        blocks = -(-K // size)
         name = spec.name if linear_users(weight) == len(weight.uses()) else "lm_head.weight"  # tied to the embedding
         outputs = (
-            TensorSpec(f"{name}.codes", torch.uint8, (N, blocks, group * bits // 8)),
+            TensorSpec(f"{name}.codes", torch.uint8, (N, blocks, size * bits // 8)),
             TensorSpec(f"{name}.scales", torch.float32, (N, blocks)),
         )
-        quantised = add_packed(model.graph, Pack(pack.sources, outputs, partial(quantize_rows, bits=bits, group=group)))
-        settings = {"bits": bits, "block_size": group, "N": N, "K": K, "accuracy_level": 4}
+        quantised = add_packed(model.graph, Pack(pack.sources, outputs, partial(quantize_rows, bits=bits, group=size)))
+        settings = {"bits": bits, "block_size": size, "N": N, "K": K, "accuracy_level": 4}
         return build.op("MatMulNBits", x, *quantised, domain=MS, **settings)[0]
 
     return _rewrite(model, product)
@@ -47,7 +49,10 @@ def linear_users(weight: ir.Value) -> int:
     return sum(user.op_type == "Transpose" for user, _ in weight.uses())
 
 
-def _rewrite(model: ir.Model, product) -> tuple[ir.Model, bool]:  # type: ignore[no-untyped-def]
+def _rewrite(
+    model: ir.Model, product: Callable[[Builder, ir.Value | None, ir.Value], ir.Value | None]
+) -> tuple[ir.Model, bool]:
+    """Replace every x W^T by `product(build, x, W)`, unless that is None."""
     modified = False
     for node in list(model.graph):
         weight = linear_weight(node)

@@ -8,6 +8,7 @@ padded with zeros to whole groups, which changes no result.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from gatework.export.lower.graph import MS, Builder, replace
 from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
-from gatework.export.quantize import quantize_rows
+from gatework.export.quantize import fit_group, quantize_rows
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import DOMAIN, MoEAttributes
 
@@ -27,7 +28,7 @@ def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int) -> tuple[ir
     for node in nodes:
         attributes = MoEAttributes.from_onnx({name: attribute.value for name, attribute in node.attributes.items()})
         assert attributes.scoring == "softmax" and attributes.activation == "silu" and attributes.glu == "two_way"
-        common = {
+        common: dict[str, Any] = {
             "k": attributes.top_k,
             "normalize_routing_weights": int(attributes.renormalize),
             "activation_type": "swiglu",  # with alpha 1, beta 0 and no limit: silu(gate) * up
@@ -42,7 +43,7 @@ def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int) -> tuple[ir
             (rows,) = add_packed(model.graph, _dense(w_in))
             (y,) = build.op("MoE", x, router_logits, rows, None, w_out, domain=MS, **common)
         else:
-            expert_group = expert_group_size(static_shape(w_in)[2], group)
+            expert_group = _group_size(static_shape(w_in)[2], group)
             fc1 = add_packed(model.graph, _quantised_in(w_in, bits, expert_group))
             fc2 = add_packed(model.graph, _quantised_out(w_out, bits, expert_group))
             settings = common | {"expert_weight_bits": bits, "block_size": expert_group, "accuracy_level": 4}
@@ -51,18 +52,14 @@ def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int) -> tuple[ir
     return model, bool(nodes)
 
 
-def expert_group_size(hidden: int, group: int) -> int:
-    """The largest power of two not above `group`, at least 16, that divides the hidden size."""
-    while group >= 16:
-        if hidden % group == 0:
-            return group
-        group //= 2
-    raise GateworkError(
-        "experts cannot be quantised",
-        got=f"hidden size {hidden}",
-        expected="a multiple of 16",
-        fix="use --precision fp32",
-    )
+def _group_size(hidden: int, group: int) -> int:
+    size = fit_group(hidden, group)
+    if size is None:
+        fix = "use --precision fp32"
+        raise GateworkError(
+            "experts cannot be quantised", got=f"hidden size {hidden}", expected="a multiple of 16", fix=fix
+        )
+    return size
 
 
 def interleave(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The reference decoder against transformers: logits and every layer's hidden state, in every way of stepping through a prompt."""
+"""The reference decoder against transformers: logits and every layer's hidden state, however it is stepped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from tests.checkpoints import TABLE, make_checkpoint, odd_sizes, reference_model
 # float32, 2 layers: rounding of sums in another order stays below 1e-6; an error of meaning shows at 1e-3 and more.
 RELATIVE = 1e-5
 CASES = [(model, "plain", {}) for model in TABLE]
-CASES += [(model, name, sizes) for model in ("llama2", "mistral", "mixtral", "dbrx") for name, sizes in odd_sizes(model).items()]
+CASES += [
+    (model, name, sizes)
+    for model in ("llama2", "mistral", "mixtral", "dbrx")
+    for name, sizes in odd_sizes(model).items()
+]
 
 
 def assert_close(got: Tensor, want: Tensor, what: str) -> None:
@@ -23,7 +27,9 @@ def assert_close(got: Tensor, want: Tensor, what: str) -> None:
     assert error <= RELATIVE, f"{what}: max |d| / max |x| = {error:.2e}, tolerance {RELATIVE:.0e}"
 
 
-def run(decoder: Decoder, ids: Tensor, starts: list[int], cache: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def run(
+    decoder: Decoder, ids: Tensor, starts: list[int], cache: list[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """One step of rows that begin at `starts`; returns all logits, the cache, and each layer's output."""
     hidden: list[Tensor] = []
     hooks = [layer.register_forward_hook(lambda *call: hidden.append(call[2][0])) for layer in decoder.layers]
@@ -79,7 +85,9 @@ def test_chunked_prefill_equals_one_step(tmp_path: Path) -> None:
 def test_last_logits_only(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "mixtral")
     ids = torch.arange(6)[None]
-    everything, *_ = run(load_decoder(path, max_seq=16, all_logits=True), ids, [0], load_decoder(path, 16).empty_cache(1))
+    everything, *_ = run(
+        load_decoder(path, max_seq=16, all_logits=True), ids, [0], load_decoder(path, 16).empty_cache(1)
+    )
     last, *_ = run(load_decoder(path, max_seq=16), ids, [0], load_decoder(path, 16).empty_cache(1))
     assert last.shape == (1, 1, 128)
     assert_close(last[:, 0], everything[:, -1], "last position")

@@ -33,7 +33,8 @@ if runtime == "onnxruntime":
 else:
     import onnx, onnx.reference
     session = onnx.reference.ReferenceEvaluator(onnx.load(path))
-    run, inputs = session.run, {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in session.proto_.graph.input}
+    shape = lambda value: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    run, inputs = session.run, {i.name: shape(i) for i in session.proto_.graph.input}
 ids = np.arange(2, 20).reshape(2, 9)
 feeds = {n: np.zeros((2, *s[1:]), np.float32) for n, s in inputs.items() if n.startswith("past.")}
 feeds |= {"input_ids": ids[:, :8], "position_ids": np.tile(np.arange(8), (2, 1)), "write_indices": np.zeros(2, np.int64)}

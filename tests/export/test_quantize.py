@@ -11,7 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 from gatework.export.quantize import dequantize_rows, quantize_rows
 
 
-def contrib_session(node: object, inputs: dict[str, tuple[int, list]], weights: dict[str, np.ndarray]) -> ort.InferenceSession:
+def contrib_session(
+    node: object, inputs: dict[str, tuple[int, list]], weights: dict[str, np.ndarray]
+) -> ort.InferenceSession:
     """A session around one contrib operator with output y (float)."""
     graph = helper.make_graph(
         [node],
@@ -33,7 +35,14 @@ def test_matmul_nbits_reads_the_codes(bits: int, group: int, columns: int) -> No
     rows = torch.randn(33, columns)
     codes, scales = quantize_rows(rows, bits, group)
     node = helper.make_node(
-        "MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", bits=bits, block_size=group, N=33, K=columns
+        "MatMulNBits",
+        ["x", "codes", "scales"],
+        ["y"],
+        domain="com.microsoft",
+        bits=bits,
+        block_size=group,
+        N=33,
+        K=columns,
     )
     x = torch.randn(5, columns)
     weights = {"codes": codes.numpy(), "scales": scales.numpy()}
@@ -48,7 +57,9 @@ def test_gather_block_quantized_reads_the_codes(bits: int) -> None:
     rows = torch.randn(40, 64)
     codes, scales = quantize_rows(rows, bits, 32)
     settings = {"bits": bits, "block_size": 32, "gather_axis": 0, "quantize_axis": 1}
-    node = helper.make_node("GatherBlockQuantized", ["codes", "ids", "scales"], ["y"], domain="com.microsoft", **settings)
+    node = helper.make_node(
+        "GatherBlockQuantized", ["codes", "ids", "scales"], ["y"], domain="com.microsoft", **settings
+    )
     weights = {"codes": codes.flatten(1).numpy(), "scales": scales.numpy()}
     ids = np.array([[3, 39, 0]])
     got = contrib_session(node, {"ids": (TensorProto.INT64, [1, 3])}, weights).run(None, {"ids": ids})[0]

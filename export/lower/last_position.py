@@ -1,0 +1,40 @@
+"""Take the last position before the last feed-forward layer instead of after it: no other position's result is read.
+
+Pre: the canonical graph, whose logits are those of the last position, and whose last feed-forward layer treats every token by
+itself. Post: the last layer's feed-forward norm, its MoE or MLP, and the residual sum around it run on [B, 1, D].
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from gatework.export.lower.graph import Builder, producer, replace
+from gatework.plugins.moe.spec import DOMAIN
+
+
+def hoist_last_position(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Move the final Slice up past the last feed-forward layer; does nothing to a graph with all logits."""
+    slices = [node for node in model.graph if node.op_type == "Slice"]
+    add = producer(slices[-1].inputs[0], "Add") if slices else None
+    if add is None or any(_has_capacity(node) for node in model.graph):
+        return model, False
+    (last,) = slices
+    residual, branch = add.inputs
+    assert residual is not None
+    users = [user for user, _ in residual.uses()]  # the layer's norm, and the sum itself
+    norm = next(user for user in users if user is not add)
+    (position,) = Builder(model.graph, norm).op("Slice", residual, *last.inputs[1:])
+    for user in users:
+        user.replace_input_with(list(user.inputs).index(residual), position)
+    reshape = producer(branch, "Reshape")  # tokens of a MoE [T, D] back to [B, S, D], where S is 1 now
+    if reshape is not None:
+        (shape,) = Builder(model.graph, reshape).op("Shape", position)
+        reshape.replace_input_with(1, shape)
+    replace(last.outputs[0], add.outputs[0])
+    model.graph.remove(last)
+    return model, True
+
+
+def _has_capacity(node: ir.Node) -> bool:
+    """Whether a MoE may drop tokens, so that one token's result depends on the others."""
+    return node.domain == DOMAIN and node.attributes["capacity_factor"].as_float() > 0

@@ -1,0 +1,101 @@
+"""The reference: a checkpoint in PyTorch, for engines to be judged by."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gatework.export.checkpoint import Checkpoint
+from gatework.export.config import ModelConfig
+from gatework.export.decoder import Decoder, rope_tables
+from gatework.plugins.errors import GateworkError
+
+_CHUNK = 512  # prompt tokens run at once
+
+
+def load_decoder(
+    source: str | os.PathLike[str] | Checkpoint,
+    max_seq: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    all_logits: bool = False,
+) -> Decoder:
+    """The decoder of a checkpoint, its weights read one by one, so that memory holds them once.
+
+    Args:
+        max_seq: S_max, positions in the cache.
+        dtype: of weights and activations.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(os.fspath(source))
+    with torch.device("meta"):
+        decoder = Decoder(checkpoint.config, max_seq, all_logits=all_logits).eval()
+    for name in checkpoint.config.tensor_shapes():
+        module, _, attribute = name.rpartition(".")
+        weight = checkpoint.read(name).to(dtype)
+        setattr(decoder.get_submodule(module), attribute, nn.Parameter(weight, requires_grad=False))
+    decoder.rope_cos, decoder.rope_sin = rope_tables(checkpoint.config, max_seq)
+    return decoder
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A checkpoint's decoder, asked one sequence at a time."""
+
+    decoder: Decoder
+
+    @classmethod
+    def load(
+        cls, source: str | os.PathLike[str] | Checkpoint, max_seq: int, dtype: torch.dtype = torch.float32
+    ) -> Reference:
+        """Read a checkpoint whose sequences are to have at most `max_seq` positions."""
+        return cls(load_decoder(source, max_seq, dtype=dtype, all_logits=True))
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's description."""
+        return self.decoder.config
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Logits [S, V] float32 of every position of a sequence [S], which starts from an empty cache."""
+        return self._prefill(token_ids)[0].numpy()
+
+    @torch.inference_mode()
+    def greedy(self, prompt_ids: Sequence[int], n: int) -> list[int]:
+        """The n tokens that follow a prompt, each the most likely one (the lowest among equals), decoded with the cache."""
+        assert n >= 1, n
+        self._check_room(len(prompt_ids) + n - 1)
+        logits, cache = self._prefill(prompt_ids)
+        tokens = [int(logits[-1].argmax())]
+        while len(tokens) < n:
+            step, cache = self._step(tokens[-1:], len(prompt_ids) + len(tokens) - 1, cache)
+            tokens.append(int(step[-1].argmax()))
+        return tokens
+
+    def _prefill(self, token_ids: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """Logits [S, V] of a prompt, and the cache after it."""
+        if not len(token_ids):
+            raise GateworkError("the sequence is empty", expected="at least one token")
+        self._check_room(len(token_ids))
+        cache, parts = self.decoder.empty_cache(1), []
+        for start in range(0, len(token_ids), _CHUNK):
+            logits, cache = self._step(token_ids[start : start + _CHUNK], start, cache)
+            parts.append(logits)
+        return torch.cat(parts), cache
+
+    def _step(self, token_ids: Sequence[int], start: int, cache: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        ids = torch.tensor([list(token_ids)])  # [1, S]
+        positions = torch.arange(start, start + ids.shape[1])[None]
+        logits, *cache = self.decoder(ids, positions, positions[:, 0], cache)
+        return logits[0], cache
+
+    def _check_room(self, positions: int) -> None:
+        if positions > self.decoder.max_seq:
+            raise GateworkError(
+                "the sequence is too long for the reference", got=positions, expected=f"at most {self.decoder.max_seq}"
+            )

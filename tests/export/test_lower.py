@@ -1,0 +1,112 @@
+"""The lowered graph: each pass leaves what it promises, and nothing of what it replaces."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import pytest
+
+from gatework.export.build import build_engine
+from gatework.export.config import ModelConfig, MoEConfig
+from gatework.export.lower import lower_to_cpu
+from gatework.export.lower.last_position import hoist_last_position
+from gatework.export.onnx_export import trace
+from tests.checkpoints import make_checkpoint
+
+CONFIG = ModelConfig(
+    family="mixtral",
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=40,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=32,
+    moe=MoEConfig(num_experts=4, top_k=2),
+)
+
+
+def operators(config: ModelConfig, precision: str) -> Counter[str]:
+    model = lower_to_cpu(trace(config, 32), config, precision, 32)  # type: ignore[arg-type]
+    return Counter(node.op_type for node in model.graph)
+
+
+def with_changes(**changes: object) -> ModelConfig:
+    return ModelConfig.from_dict(CONFIG.to_dict() | changes)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_nothing_large_stays_in_float(precision: str) -> None:
+    ops = operators(CONFIG, precision)
+    assert ops["QMoE"] == 3
+    assert ops["GroupQueryAttention"] == 3
+    assert ops["MatMulNBits"] == 2 * 3 + 1  # q|k|v and o of each layer, and the head
+    assert ops["GatherBlockQuantized"] == 1
+    assert ops["Gemm"] == 3  # routers
+    for gone in ("MoE", "Attention", "TensorScatter", "RotaryEmbedding", "MatMul", "FusedMatMul", "Transpose", "Gather", "LessOrEqual"):
+        assert ops[gone] == 0, gone
+
+
+def test_float32() -> None:
+    ops = operators(CONFIG, "fp32")
+    assert ops["MoE"] == ops["GroupQueryAttention"] == 3
+    assert ops["FusedMatMul"] == 2 * 3 + 1
+    assert ops["SkipSimplifiedLayerNormalization"] == 2 * 3 - 1  # all norms but the first, and the one behind the last Slice
+    assert ops["Transpose"] == 0
+
+
+def test_dense_mlp() -> None:
+    ops = operators(with_changes(moe=None), "int8")
+    assert ops["MatMulNBits"] == 4 * 3 + 1
+    assert ops["QMoE"] == 0
+
+
+def test_odd_head_width_keeps_standard_attention() -> None:
+    ops = operators(with_changes(head_dim=24), "int8")
+    assert ops["GroupQueryAttention"] == 0
+    assert ops["Attention"] == 3
+    assert ops["TensorScatter"] == 6
+    assert ops["MatMulNBits"] == 4 * 3 + 1
+
+
+def test_layer_norms_stay() -> None:
+    assert operators(with_changes(norm="layer"), "int8")["LayerNormalization"] == 7
+
+
+def test_last_position_is_taken_before_the_last_feed_forward_layer() -> None:
+    model, modified = hoist_last_position(trace(CONFIG, 32))
+    assert modified
+    order = [node.op_type for node in model.graph]
+    assert order.count("Slice") == 1
+    last_moe = len(order) - 1 - order[::-1].index("MoE")
+    assert order.index("Slice") < last_moe
+    assert order.index("Slice") > len(order) - 1 - order[::-1].index("Attention")
+
+
+def test_all_logits_are_left_alone() -> None:
+    _, modified = hoist_last_position(trace(CONFIG, 32, all_logits=True))
+    assert not modified
+
+
+def test_tied_embedding_is_quantised_for_both_uses(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "llama2", tie_embeddings=True)
+    engine = build_engine(path, tmp_path / "engine", precision="int8")
+    tensors = json.loads((engine / "manifest.json").read_text())["tensors"]
+    assert {"embed.weight.codes", "lm_head.weight.codes"} <= set(tensors)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_expert_files_are_page_aligned(tmp_path: Path, precision: str) -> None:
+    engine = build_engine(make_checkpoint(tmp_path, "mixtral"), tmp_path / "engine", precision=precision)
+    graph = onnx.load(engine / "model.onnx", load_external_data=False).graph
+    seen = 0
+    for tensor in graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if place.get("location") == "experts.safetensors":
+            assert int(place["offset"]) % 4096 == 0
+            seen += 1
+    assert seen == (4 if precision == "fp32" else 8)
