@@ -141,7 +141,7 @@ def new_folder(folder: Path, name: str) -> Path:
 
 
 def reference_model(path: Path) -> transformers.PreTrainedModel:
-    """transformers' float32 model of a Hugging Face checkpoint: eager attention and experts, DBRX's RoPE base set right."""
+    """transformers' float32 model of a checkpoint: eager attention, eager experts, and DBRX's RoPE base set right."""
     config = transformers.AutoConfig.from_pretrained(path)
     if config.model_type == "dbrx":
         config.rope_parameters = {"rope_type": "default", "rope_theta": config.attn_config.rope_theta}
