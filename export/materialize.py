@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.packing import TORCH_DTYPES, Pack, TensorSpec, is_weight, pack_of, static_shape
 from gatework.export.safetensors_writer import SafetensorsWriter
+from gatework.plugins.machine import usable_cpus
 
 GRAPH, DENSE, EXPERTS = "model.onnx", "weights.safetensors", "experts.safetensors"
 _INLINE_BYTES = 1024  # smaller constants stay in the graph file
@@ -81,7 +81,7 @@ def _write_file(
 
 def _encode(checkpoint: Checkpoint, packs: list[Pack]) -> Iterator[tuple[Pack, int, tuple[Tensor, ...]]]:
     """Encoded parts in order, with the bytes read for each. One thread encodes one part; few are in flight at a time."""
-    workers = len(os.sched_getaffinity(0))
+    workers = usable_cpus()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     pending: deque[tuple[Pack, int, Future[tuple[Tensor, ...]]]] = deque()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -85,12 +86,19 @@ def _clean(model: ir.Model) -> ir.Model:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the exporter's notices about absent optional packages and data-free initializers."""
+    """Silences the exporter's notices about absent optional packages and data-free initializers.
+
+    The garbage collector rests meanwhile: it would walk the exporter's many objects again and again and free none.
+    """
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
+        if collecting:
+            gc.enable()

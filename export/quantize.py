@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 # Fractions of the largest weight that may set the scale of a 4-bit group; the one with the least squared error wins.
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-_BLOCK = 1 << 17  # weights worked on at once, so that the passes over them stay in the CPU's cache
+_BLOCK = 1 << 18  # weights worked on at once, so that the passes over them stay in the CPU's cache
 
 
 def fit_group(columns: int, group: int) -> int | None:

@@ -36,8 +36,7 @@ class SafetensorsWriter:
         self._filled = dict.fromkeys(self._entries, 0)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            if end + self._base:
-                os.posix_fallocate(self._fd, 0, self._base + end)
+            _reserve(self._fd, self._base + end)
             _write_at(self._fd, len(blob).to_bytes(8, "little") + blob, 0)
         except OSError as error:
             os.close(self._fd)
@@ -86,6 +85,14 @@ def _layout(
         header[spec.name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
         end += size
     return entries, header, end
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Give the file its full size; where the system can, with the disk's promise that there is room."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, size)
+    else:
+        os.truncate(fd, size)
 
 
 def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:

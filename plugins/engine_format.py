@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from gatework.plugins.machine import usable_cpus
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -48,7 +49,7 @@ def sha256(path: Path) -> str:
 
 def file_table(directory: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     """Size and digest of each file, in the form of the manifest's `files`."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(max_workers=usable_cpus()) as pool:
         digests = pool.map(lambda name: sha256(directory / name), names)
     return {
         name: {"size": (directory / name).stat().st_size, "sha256": digest}

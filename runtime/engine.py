@@ -62,11 +62,10 @@ class Engine:
         path = Path(path)
         manifest = _read_manifest(path)
         _check_files(path, manifest["files"], check)
-        try:
-            limits = Limits(**manifest["limits"])
-        except TypeError:
-            raise _damaged(path / engine_format.MANIFEST, "its limits are not known") from None
-        return cls(path, manifest, limits)
+        limits = manifest["limits"]
+        if set(limits) != {"max_batch", "max_seq", "prefill_chunk"} or not all(type(x) is int for x in limits.values()):
+            raise _damaged(path / engine_format.MANIFEST, "its limits are not known")
+        return cls(path, manifest, Limits(**limits))
 
 
 def is_engine(path: Path) -> bool:
@@ -90,7 +89,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if version > engine_format.FORMAT_VERSION:
         known = f"at most {engine_format.FORMAT_VERSION}"
         raise GateworkError(
-            f"{path} has a newer engine format", got=version, expected=known, fix="upgrade gatework or rebuild the engine"
+            f"{path} has a newer engine format",
+            got=version,
+            expected=known,
+            fix="upgrade gatework or rebuild the engine",
         )
     for name, kind in engine_format.MANIFEST_FIELDS.items():
         if not isinstance(manifest.get(name), kind):
@@ -99,22 +101,22 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_files(path: Path, files: dict[str, Any], check: Check) -> None:
-    hashed = []
+    manifest = path / engine_format.MANIFEST
     total = 0
     for name, facts in files.items():
         file = path / name
         if Path(name).name != name:
-            raise _damaged(path / engine_format.MANIFEST, f"it names {name!r}, which is not a plain file name")
+            raise _damaged(manifest, f"it names {name!r}, which is not a plain file name")
+        if not isinstance(facts, dict) or set(facts) != {"size", "sha256"}:
+            raise _damaged(manifest, f"it does not tell the size and SHA-256 of {name}")
         if not file.is_file():
             raise _damaged(file, "it is missing")
         size = file.stat().st_size
         if size != facts["size"]:
             raise _damaged(file, f"it has {size} bytes, not {facts['size']}")
         total += size
-    for name in files:
-        weights = name.endswith(".safetensors")
-        if check == "full" or (check == "auto" and (total <= _AUTO_LIMIT or not weights)):
-            hashed.append(name)
+    everything = check == "full" or (check == "auto" and total <= _AUTO_LIMIT)
+    hashed = [name for name in files if everything or (check == "auto" and not name.endswith(".safetensors"))]
     for name, facts in engine_format.file_table(path, hashed).items():
         if facts["sha256"] != files[name]["sha256"]:
             raise _damaged(path / name, "its content was altered")

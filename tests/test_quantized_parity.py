@@ -90,7 +90,9 @@ def test_engine_equals_rounded_reference(tmp_path: Path, model: str, precision: 
 def test_rounding_is_visible(tmp_path: Path) -> None:
     """The check above can fail: one layer's weights off by a quarter are beyond the tolerance."""
     path = make_checkpoint(tmp_path, "mixtral")
-    backend = OrtBackend(Engine.open(build_engine(path, tmp_path / "engine", precision="int8", max_seq=32)), max_batch=1)
+    backend = OrtBackend(
+        Engine.open(build_engine(path, tmp_path / "engine", precision="int8", max_seq=32)), max_batch=1
+    )
     reference = Reference.load(path, 32)
     round_weights(reference.decoder, 8, 256)
     reference.decoder.get_parameter("layers.0.moe.w_out").mul_(1.25)

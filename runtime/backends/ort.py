@@ -6,13 +6,13 @@ prompt in chunks; decode advances slots 0..n-1 by one token each. Rows never see
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
 
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.machine import usable_cpus
 from gatework.runtime.engine import Engine
 
 _GRAPH = "model.onnx"
@@ -44,7 +44,7 @@ class OrtBackend:
     Args:
         engine: an opened engine directory.
         max_batch: cache slots; memory is touched only as slots fill.
-        threads: of ONNX Runtime's pool; default: the physical cores this process may use.
+        threads: of ONNX Runtime's pool; default: one for each CPU that this process may use.
     """
 
     def __init__(self, engine: Engine, *, max_batch: int, threads: int | None = None) -> None:
@@ -111,7 +111,7 @@ class OrtBackend:
 def _open_session(engine: Engine, threads: int | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or usable_cpus()
     options.inter_op_num_threads = 1
     try:
         return ort.InferenceSession(engine.path / _GRAPH, options, providers=["CPUExecutionProvider"])

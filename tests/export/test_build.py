@@ -84,7 +84,9 @@ def test_builds_are_reproducible(engine: Path, tmp_path: Path) -> None:
     assert contents(again) == contents(engine)
 
 
-def test_a_failed_build_leaves_nothing_and_keeps_the_old_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_build_leaves_nothing_and_keeps_the_old_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = make_checkpoint(tmp_path, "mixtral")
     out = build_engine(checkpoint, tmp_path / "engines" / "one", precision="fp32")
     before = contents(out)
@@ -147,7 +149,9 @@ def test_force_replaces_an_engine_only(tmp_path: Path) -> None:
         ({"max_batch": 0}, "max_batch"),
     ],
 )
-def test_impossible_requests_are_refused_before_any_work(tmp_path: Path, options: dict[str, object], message: str) -> None:
+def test_impossible_requests_are_refused_before_any_work(
+    tmp_path: Path, options: dict[str, object], message: str
+) -> None:
     checkpoint = make_checkpoint(tmp_path, "llama2", num_layers=1)
     with pytest.raises(GateworkError, match=message):
         build_engine(checkpoint, tmp_path / "out" / "engine", **options)  # type: ignore[arg-type]
@@ -160,7 +164,9 @@ def test_experts_of_odd_width_are_refused_or_padded(tmp_path: Path) -> None:
         build_engine(odd, tmp_path / "one", precision="int8")
     assert not (tmp_path / "one").exists()
     build_engine(odd, tmp_path / "two", precision="fp32")
-    padded = build_engine(make_checkpoint(tmp_path, "mixtral", intermediate_size=50), tmp_path / "three", precision="int4")
+    padded = build_engine(
+        make_checkpoint(tmp_path, "mixtral", intermediate_size=50), tmp_path / "three", precision="int4"
+    )
     tensors = json.loads((padded / "manifest.json").read_text())["tensors"]
     assert tensors["layers.0.moe.w_in.codes"]["shape"] == [8, 2 * 64, 64 // 2]
 

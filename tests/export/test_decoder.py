@@ -41,8 +41,11 @@ def run(
     return logits, cache, hidden
 
 
-@pytest.mark.parametrize(("model", "sizes"), [(m, s) for m, _, s in CASES], ids=[f"{m}-{n}" for m, n, _ in CASES])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("model", "sizes", "seed"),
+    [(model, sizes, seed) for seed, (model, _, sizes) in enumerate(CASES)],
+    ids=[f"{model}-{name}".replace(" ", "_") for model, name, _ in CASES],
+)
 @torch.inference_mode()
 def test_equals_transformers(tmp_path: Path, model: str, sizes: dict[str, int], seed: int) -> None:
     """Prefill of a ragged batch, then cached decode of rows at different positions, past the sliding window."""

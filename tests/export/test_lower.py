@@ -47,7 +47,17 @@ def test_nothing_large_stays_in_float(precision: str) -> None:
     assert ops["MatMulNBits"] == 2 * 3 + 1  # q|k|v and o of each layer, and the head
     assert ops["GatherBlockQuantized"] == 1
     assert ops["Gemm"] == 3  # routers
-    for gone in ("MoE", "Attention", "TensorScatter", "RotaryEmbedding", "MatMul", "FusedMatMul", "Transpose", "Gather", "LessOrEqual"):
+    for gone in (
+        "MoE",
+        "Attention",
+        "TensorScatter",
+        "RotaryEmbedding",
+        "MatMul",
+        "FusedMatMul",
+        "Transpose",
+        "Gather",
+        "LessOrEqual",
+    ):
         assert ops[gone] == 0, gone
 
 
@@ -55,7 +65,9 @@ def test_float32() -> None:
     ops = operators(CONFIG, "fp32")
     assert ops["MoE"] == ops["GroupQueryAttention"] == 3
     assert ops["FusedMatMul"] == 2 * 3 + 1
-    assert ops["SkipSimplifiedLayerNormalization"] == 2 * 3 - 1  # all norms but the first, and the one behind the last Slice
+    assert (
+        ops["SkipSimplifiedLayerNormalization"] == 2 * 3 - 1
+    )  # all norms but the first, and the one behind the last Slice
     assert ops["Transpose"] == 0
 
 

@@ -17,7 +17,12 @@ from gatework.plugins.errors import GateworkError
 from tests.checkpoints import make_checkpoint
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny-mixtral"
-PROMPTS = ["def read(path):\n", "import os\n\nclass Stack:\n    def push(self, item):\n        ", "for i in range(", "x"]
+PROMPTS = [
+    "def read(path):\n",
+    "import os\n\nclass Stack:\n    def push(self, item):\n        ",
+    "for i in range(",
+    "x",
+]
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 
 
@@ -142,7 +147,9 @@ def test_logprobs_are_log_probabilities(llm: LLM) -> None:
 
 def test_the_context_can_be_filled(llm: LLM) -> None:
     """A prompt as long as the cache still yields one token; max_tokens=None stops at the end of the context."""
-    full = llm.generate([list(np.arange(128) % 50 + 5)], SamplingParams(max_tokens=None, temperature=0, ignore_eos=True))[0]
+    full = llm.generate(
+        [list(np.arange(128) % 50 + 5)], SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
+    )[0]
     assert (len(full.token_ids), full.finish_reason) == (1, "length")
     rest = llm.generate([[5] * 100], SamplingParams(max_tokens=None, temperature=0, ignore_eos=True))[0]
     assert (len(rest.token_ids), rest.finish_reason) == (29, "length")
