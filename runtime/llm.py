@@ -182,7 +182,9 @@ class LLM:
         max_seq = self.engine.limits.max_seq
         if len(ids) > max_seq:
             fix = "shorten the prompt or build the engine with a larger --max-seq"
-            raise GateworkError("the prompt is too long", got=f"{len(ids)} tokens", expected=f"at most {max_seq}", fix=fix)
+            raise GateworkError(
+                "the prompt is too long", got=f"{len(ids)} tokens", expected=f"at most {max_seq}", fix=fix
+            )
         vocab_size = self.engine.model["vocab_size"]
         wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
         if wrong is not None:
