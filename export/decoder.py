@@ -138,16 +138,13 @@ class Layer(nn.Module):
         super().__init__()
         self.attn_norm, self.attn = norm(config), Attention(config)
         self.ffn_norm = norm(config)
-        if config.moe is None:
-            self.mlp = MLP(config)
-        else:
-            self.moe = MoE(config)
+        self.ffn = "mlp" if config.moe is None else "moe"  # the name under which its weights go
+        self.add_module(self.ffn, MLP(config) if config.moe is None else MoE(config))
 
     def forward(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y, k, v = self.attn(self.attn_norm(x), step, past_k, past_v)
         x = x + y
-        ffn = self.moe if hasattr(self, "moe") else self.mlp
-        return x + ffn(self.ffn_norm(x)), k, v
+        return x + self.get_submodule(self.ffn)(self.ffn_norm(x)), k, v
 
 
 class Decoder(nn.Module):

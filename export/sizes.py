@@ -9,7 +9,7 @@ from gatework.export.config import ModelConfig
 
 Precision = Literal["fp32", "bf16", "fp8", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp8", "int8", "int4")
-DEFAULT_GROUP = 32
+DEFAULT_GROUPS: dict[Precision, int] = {"int8": 256, "int4": 32}  # those of gatework.export.build
 
 # Bytes of one cached key or value: CPU engines, quantised or not, compute in float32; the rest are GPU formats.
 KV_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp8": 2, "int8": 4, "int4": 4}
@@ -17,21 +17,27 @@ _BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
 _SCALE = 4  # bytes: float32
 
 
-def weight_bytes(config: ModelConfig, precision: Precision, group: int = DEFAULT_GROUP) -> int | None:
+def weight_bytes(config: ModelConfig, precision: Precision, group: int | None = None) -> int | None:
     """Bytes of all weights; None where the model cannot be stored so.
 
     int8 and int4 are what `build_engine` writes, scales and padding included. fp8 has one byte per matrix weight, one scale
     per dense matrix and per output channel of an expert; norms are bfloat16 and routers float32.
+
+    Args:
+        group: weights that share a scale, for int8 and int4; default: the builder's.
     """
     shapes = config.tensor_shapes()
     if precision in ("fp32", "bf16"):
         return config.num_parameters() * (4 if precision == "fp32" else 2)
     if precision == "fp8":
         return sum(_fp8_bytes(name, shape) for name, shape in shapes.items())
-    sizes = [_grouped_bytes(name, shape, _BITS[precision], group, config) for name, shape in shapes.items()]
+    bits, group = _BITS[precision], group or DEFAULT_GROUPS[precision]
+    if config.moe is not None and _fit_group(config.hidden_size, group) is None:
+        return None
+    total = sum(_grouped_bytes(name, shape, bits, group, config) for name, shape in shapes.items())
     if config.tie_embeddings:  # looked up row by row and multiplied with: two layouts
-        sizes.append(_matrix_bytes(shapes["embed.weight"], _BITS[precision], group))
-    return None if None in sizes else sum(size for size in sizes if size is not None)
+        total += _matrix_bytes(shapes["embed.weight"], bits, group)
+    return total
 
 
 def kv_bytes(config: ModelConfig, precision: Precision, positions: int) -> int:
@@ -47,17 +53,16 @@ def _fp8_bytes(name: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) + _SCALE * (math.prod(shape[:-1]) if len(shape) == 3 else 1)
 
 
-def _grouped_bytes(name: str, shape: tuple[int, ...], bits: int, group: int, config: ModelConfig) -> int | None:
-    if len(shape) == 1 or ".router." in name:
+def _grouped_bytes(name: str, shape: tuple[int, ...], bits: int, group: int, config: ModelConfig) -> int:
+    size = _fit_group(config.hidden_size, group)
+    is_embedding = name.startswith("embed.")
+    if len(shape) == 1 or ".router." in name or (is_embedding and size is None):
         return 4 * math.prod(shape)
-    if len(shape) == 2 and not name.startswith("embed."):
+    if len(shape) == 2 and not is_embedding:
         return _matrix_bytes(shape, bits, group)
-    # Embedding rows and experts: groups divide the hidden size, and an expert's width is padded to whole ones.
-    size = next((size for size in (256, 128, 64, 32, 16) if size <= group and config.hidden_size % size == 0), None)
-    if size is None:
-        return None
+    assert size is not None, name
     rows, columns = math.prod(shape[:-1]), shape[-1]
-    padding = -config.intermediate_size % size
+    padding = -config.intermediate_size % size  # an expert's width comes in whole groups
     if name.endswith("moe.w_in"):
         rows += 2 * padding * shape[0]
     elif name.endswith("moe.w_out"):
@@ -67,4 +72,10 @@ def _grouped_bytes(name: str, shape: tuple[int, ...], bits: int, group: int, con
 
 def _matrix_bytes(shape: tuple[int, ...], bits: int, group: int) -> int:
     N, K = shape
-    return N * -(-K // group) * (group * bits // 8 + _SCALE)
+    size = _fit_group(K, group) or min(group, 32)
+    return N * -(-K // size) * (size * bits // 8 + _SCALE)
+
+
+def _fit_group(columns: int, group: int) -> int | None:
+    """As `gatework.export.quantize.fit_group`, which needs torch."""
+    return next((size for size in (256, 128, 64, 32, 16) if size <= group and columns % size == 0), None)

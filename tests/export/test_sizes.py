@@ -1,0 +1,62 @@
+"""Sizes from a config alone against what the builder writes, and against published models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gatework.export.build import DEFAULT_GROUPS, build_engine
+from gatework.export.checkpoint import Checkpoint, read_config
+from gatework.export.sizes import DEFAULT_GROUPS as SIZES_GROUPS
+from gatework.export.sizes import kv_bytes, weight_bytes
+from tests.checkpoints import make_checkpoint
+
+MIXTRAL = {"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8}
+MIXTRAL |= {"norm_eps": 1e-05, "vocab_size": 32000, "moe": {"num_experts_per_tok": 2, "num_experts": 8}}
+
+CASES: list[tuple[str, str, dict[str, Any], int | None]] = [
+    ("mixtral", "fp32", {}, None),
+    ("mixtral", "int8", {"intermediate_size": 50, "hidden_size": 48}, None),  # padded experts, groups of 16
+    ("mixtral", "int4", {"num_experts": 5, "top_k": 3, "vocab_size": 131}, 64),
+    ("dbrx", "int4", {}, None),
+    ("llama1", "int8", {}, None),  # width 172: padded blocks
+    ("llama2", "int4", {"tie_embeddings": True}, None),
+    ("llama2", "int8", {"hidden_size": 40, "head_dim": 10}, 16),  # no group fits the embedding: float32
+    ("llama2", "fp32", {"tie_embeddings": True}, None),
+]
+
+
+@pytest.mark.parametrize(("model", "precision", "sizes", "group"), CASES)
+def test_engines_have_the_size_foretold(
+    tmp_path: Path, model: str, precision: Any, sizes: dict[str, Any], group: int | None
+) -> None:
+    path = make_checkpoint(tmp_path, model, num_layers=1, **sizes)
+    engine = build_engine(path, tmp_path / "engine", precision=precision, group_size=group)
+    built = json.loads((engine / "manifest.json").read_text())["weight_bytes"]["total"]
+    assert weight_bytes(Checkpoint.open(path).config, precision, group) == built
+
+
+def test_default_groups_are_the_builders() -> None:
+    assert all(DEFAULT_GROUPS[precision] == group for precision, group in SIZES_GROUPS.items())
+
+
+def test_mixtral_8x7b(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text(json.dumps(MIXTRAL))
+    config = read_config(tmp_path / "params.json")
+    assert weight_bytes(config, "fp32") == 4 * 46_702_792_704
+    assert weight_bytes(config, "bf16") == 2 * 46_702_792_704
+    assert weight_bytes(config, "int4", 32) == pytest.approx(46_702_792_704 * (0.5 + 4 / 32), rel=1e-3)
+    assert weight_bytes(config, "int8", 256) == pytest.approx(46_702_792_704 * (1 + 4 / 256), rel=1e-3)
+    fp8 = weight_bytes(config, "fp8")
+    assert fp8 is not None
+    assert 46_702_792_704 < fp8 < 46_702_792_704 * 1.001
+    assert kv_bytes(config, "bf16", 32_768) == 2 * 32 * 8 * 128 * 2 * 32_768
+
+
+def test_what_cannot_be_built_has_no_size(tmp_path: Path) -> None:
+    config = Checkpoint.open(make_checkpoint(tmp_path, "mixtral", hidden_size=40, head_dim=10)).config
+    assert weight_bytes(config, "int8") is None
+    assert weight_bytes(config, "fp32") is not None
