@@ -6,6 +6,8 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from operator import index
 
 from gatework.plugins.errors import GateworkError
 from gatework.runtime.backends.ort import OrtBackend
@@ -158,10 +160,7 @@ class LLM:
         return self.tokenizer
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        if isinstance(prompt, str):
-            ids = self._tokenizer().encode(prompt) if prompt else []
-        else:
-            ids = [int(token) for token in prompt]
+        ids = self._encode(prompt)
         self._check_prompt(ids)
         if params.stop and self.tokenizer is None:
             raise GateworkError("stop strings need a tokenizer", fix="use stop_token_ids with this engine")
@@ -175,6 +174,15 @@ class LLM:
             decoder=self.tokenizer.stream() if self.tokenizer is not None else None,
             matcher=StopMatcher(params.stop_strings, include_stop=params.include_stop_str_in_output),
         )
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self._tokenizer().encode(prompt) if prompt else []
+        try:
+            return [index(token) for token in prompt]
+        except TypeError:
+            expected = "text or a list of token ids"
+            raise GateworkError("a prompt is of the wrong type", got=repr(prompt)[:80], expected=expected) from None
 
     def _check_prompt(self, ids: list[int]) -> None:
         if not ids:
@@ -192,7 +200,7 @@ class LLM:
 
 
 def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], str | Sequence))
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
 
 
 def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -166,6 +166,19 @@ def test_bad_prompts(llm: LLM, prompt: str | list[int], message: str) -> None:
         llm.stream(prompt)
 
 
+@pytest.mark.parametrize("prompts", [[1.5], [None], [["a"]], [[1, 2.0]]])
+def test_prompts_of_the_wrong_type(llm: LLM, prompts: list[object]) -> None:
+    with pytest.raises(GateworkError, match="wrong type"):
+        llm.generate(prompts)  # type: ignore[arg-type]
+
+
+def test_arrays_are_prompts(llm: LLM) -> None:
+    ids = np.array([[5, 6, 7], [8, 9, 10]])
+    rows = llm.generate(list(ids), GREEDY)  # type: ignore[arg-type]
+    assert rows == llm.generate(ids.tolist(), GREEDY)
+    assert llm.generate(ids[0], GREEDY) == rows[:1]  # type: ignore[arg-type]
+
+
 def test_one_bad_prompt_spoils_no_others(llm: LLM, alone: list[list[int]]) -> None:
     with pytest.raises(GateworkError):
         llm.generate([PROMPTS[0], ""])

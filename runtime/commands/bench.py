@@ -1,0 +1,51 @@
+"""gatework bench: how fast is an engine on this machine?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from gatework.runtime.commands.common import Commands, add_command, positive
+from gatework.runtime.formatting import size, table
+
+_ABOUT = """
+    Measure load time, prefill, decode and memory with random prompts and greedy tokens, as medians over several
+    repetitions. The last line of output is one JSON object.
+"""
+_EXAMPLES = """
+    gatework bench engines/tiny
+    gatework bench engines/mixtral --prompt-tokens 2048 --new-tokens 128 --batch 4 --repeat 5
+    gatework bench engines/tiny | tail -1 | python -m json.tool
+"""
+
+
+def add(commands: Commands) -> None:
+    """Describe the command."""
+    parser = add_command(commands, "bench", "measure an engine's speed", _ABOUT, _EXAMPLES, run)
+    parser.add_argument("engine", type=Path, metavar="ENGINE", help="engine directory")
+    parser.add_argument("--prompt-tokens", type=positive, metavar="N", help="per prompt (default: 512, or what fits)")
+    parser.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="decoded per prompt (default: 64)")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once (default: 1)")
+    parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="repetitions (default: 3)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, and print."""
+    from gatework.runtime.bench import bench
+
+    result = bench(args.engine, args.prompt_tokens, args.new_tokens, args.batch, args.repeat, args.threads)
+    weights = size(result["weight_bytes_per_token"])
+    rows = [
+        ("load", f"{result['load_s']:g} s", ""),
+        ("prefill", f"{result['prefill_tok_s']:,.1f} tok/s", f"{result['batch']} × {result['prompt_tokens']} tokens"),
+        ("first token", f"{result['ttft_ms']:,.1f} ms", ""),
+        ("decode", f"{result['decode_tok_s']:,.1f} tok/s", f"{result['batch']} × {result['new_tokens']} tokens"),
+        ("weights read", f"{result['gb_s']:,.2f} GB/s", f"{weights} per token"),
+        ("peak memory", f"{result['peak_rss_mb']:,.0f} MB", ""),
+    ]
+    print(f"{result['engine']}: {result['precision']} on {result['target']}, {result['threads']} threads")
+    print(table(rows, "<><"))
+    print(json.dumps(result))
+    return 0

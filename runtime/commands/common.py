@@ -1,0 +1,48 @@
+"""What several subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import TypeAlias
+
+from gatework.plugins.errors import GateworkError
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_BUILD_TOOLS = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "ml_dtypes", "tqdm")
+
+
+def add_command(
+    commands: Commands, name: str, summary: str, about: str, examples: str, run: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    """A subcommand whose help shows `about`, its options, and `examples`.
+
+    run: takes the parsed arguments and returns the exit status.
+    """
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=textwrap.dedent(about).strip(),
+        epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def require_build_tools(what: str) -> None:
+    """Raise a one-line error unless the packages that read checkpoints and build engines are installed."""
+    missing = [name for name in _BUILD_TOOLS if find_spec(name) is None]
+    if missing:
+        fix = "pip install 'gatework[build]'"
+        raise GateworkError(f"{what} needs packages that are not installed", got=f"no {', '.join(missing)}", fix=fix)

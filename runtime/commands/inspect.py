@@ -1,0 +1,187 @@
+"""gatework inspect: what a checkpoint, a config file or an engine holds, and what memory it takes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gatework.plugins import engine_format
+from gatework.plugins.errors import GateworkError
+from gatework.runtime.commands.common import Commands, add_command, require_build_tools
+from gatework.runtime.formatting import size, table
+
+if TYPE_CHECKING:
+    from gatework.export.config import ModelConfig
+
+_ABOUT = """
+    Print architecture, parameters and memory of a checkpoint folder, of a config.json or params.json file alone, or of an
+    engine. No weights are read.
+
+    The memory table counts the weights and the KV cache of one sequence at full context (float32 for fp32, int8 and
+    int4, which are CPU formats here; bfloat16 for bf16 and fp8). Activations come on top.
+"""
+_EXAMPLES = """
+    gatework inspect examples/tiny-mixtral
+    gatework inspect Mixtral-8x7B-v0.1/params.json --fits 24GiB,80GB
+    gatework inspect engines/tiny --json
+"""
+_DEFAULT_SIZES = "16GiB,24GiB,32GiB,48GiB,80GiB,141GB"
+_UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.index.json")
+
+
+def add(commands: Commands) -> None:
+    """Describe the command."""
+    parser = add_command(commands, "inspect", "describe a checkpoint or an engine", _ABOUT, _EXAMPLES, run)
+    parser.add_argument(
+        "path", type=Path, metavar="PATH", help="checkpoint folder, its config file, or engine directory"
+    )
+    parser.add_argument(
+        "--fits",
+        default=_DEFAULT_SIZES,
+        metavar="SIZES",
+        help=f"memory sizes, comma-separated (default: {_DEFAULT_SIZES})",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Inspect, and print."""
+    memories = {word.strip(): _parse_size(word) for word in args.fits.split(",")}
+    is_engine = (args.path / engine_format.MANIFEST).is_file()
+    config, facts = _read_engine(args.path) if is_engine else _read_checkpoint(args.path)
+    facts |= _sizes(config, facts.get("engine"), memories)
+    print(json.dumps(facts) if args.json else _text(args.path, config, facts))
+    return 0
+
+
+def _parse_size(word: str) -> int:
+    """Bytes of "24GiB" or "80GB"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", word.strip(), re.IGNORECASE | re.ASCII)
+    if match is None:
+        raise GateworkError("this memory size cannot be read", got=repr(word), expected="a size such as 24GiB or 80GB")
+    number, unit, binary = match.groups()
+    return round(float(number) * (1024 if binary else 1000) ** _UNITS[unit.upper()])
+
+
+def _read_engine(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    from gatework.export.config import ModelConfig
+    from gatework.runtime.engine import Engine
+
+    engine = Engine.open(path, check="sizes")
+    names = ("format_version", "gatework_version", "target", "precision", "limits", "weight_bytes", "toolchain")
+    about = {name: engine.manifest[name] for name in names}
+    about["files"] = {name: facts["size"] for name, facts in engine.manifest["files"].items()}
+    return ModelConfig.from_dict(engine.model), {"kind": "engine", "engine": about}
+
+
+def _read_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    require_build_tools("inspecting a checkpoint")
+    from gatework.export.checkpoint import Checkpoint, read_config
+
+    if path.is_dir() and any(True for pattern in _WEIGHT_FILES for _ in path.glob(pattern)):
+        checkpoint = Checkpoint.open(path)
+        return checkpoint.config, {"kind": "checkpoint", "stored_bytes": checkpoint.nbytes}
+    return read_config(path), {"kind": "config"}
+
+
+def _sizes(config: ModelConfig, engine: dict[str, Any] | None, memories: dict[str, int]) -> dict[str, Any]:
+    """Bytes in every precision at full context; of an engine's own, those that it has and is limited to."""
+    from gatework.export.sizes import PRECISIONS, kv_bytes, weight_bytes
+
+    context = config.max_position_embeddings if engine is None else engine["limits"]["max_seq"]
+    weights = {precision: weight_bytes(config, precision) for precision in PRECISIONS}
+    if engine is not None and engine["precision"] in weights:
+        weights[engine["precision"]] = engine["weight_bytes"]["total"]
+    cache = {precision: kv_bytes(config, precision, context) for precision in PRECISIONS}
+    fits = {
+        precision: {name: nbytes + cache[precision] <= limit for name, limit in memories.items()}
+        for precision, nbytes in weights.items()
+        if nbytes is not None
+    }
+    return {
+        "model": config.to_dict(),
+        "num_parameters": config.num_parameters(),
+        "num_active_parameters": config.num_active_parameters(),
+        "weight_bytes": weights,
+        "kv_bytes_per_token": {"fp32": config.kv_bytes_per_token(4), "bf16": config.kv_bytes_per_token(2)},
+        "context": context,
+        "kv_bytes_at_context": cache,
+        "fits": fits,
+    }
+
+
+def _text(path: Path, config: ModelConfig, facts: dict[str, Any]) -> str:
+    sections = [f"{path}: {facts['kind']}\n" + table(_architecture(config), "<<")]
+    if "engine" in facts:
+        sections.append(table(_engine_rows(config, facts["engine"]), "<<"))
+    if "stored_bytes" in facts:
+        sections.append(f"stored as {config.dtype}, {facts['stored_bytes']:,} bytes")
+    sections.append(_kv_text(facts))
+    sections.append(_memory_text(facts))
+    return "\n\n".join(sections)
+
+
+def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
+    kind = "dense" if config.moe is None else "mixture of experts"
+    rows = [
+        ("family", f"{config.family}, {kind}"),
+        ("parameters", f"{config.num_parameters():,}"),
+        ("active per token", f"{config.num_active_parameters():,}"),
+        ("layers", f"{config.num_layers}"),
+        ("hidden size", f"{config.hidden_size}"),
+        ("attention heads", f"{config.num_heads} query, {config.num_kv_heads} key/value, {config.head_dim} wide"),
+        ("feed-forward width", f"{config.intermediate_size}"),
+    ]
+    if config.moe is not None:
+        rule = "renormalised" if config.moe.renormalize else "not renormalised"
+        rows.append(("experts", f"{config.moe.num_experts}, top {config.moe.top_k}, weights {rule}"))
+    rows += [
+        ("vocabulary", f"{config.vocab_size:,}{', tied embeddings' if config.tie_embeddings else ''}"),
+        ("context", f"{config.max_position_embeddings:,} tokens"),
+        ("sliding window", "none" if config.sliding_window is None else f"{config.sliding_window:,} tokens"),
+        ("rotary base", f"{config.rope_theta:,.10g}"),
+        ("norm", f"{'RMSNorm' if config.norm == 'rms' else 'LayerNorm'}, epsilon {config.norm_eps:g}"),
+    ]
+    if config.qkv_clip is not None:
+        rows.append(("q, k, v clipped to", f"±{config.qkv_clip:g}"))
+    return rows
+
+
+def _engine_rows(config: ModelConfig, engine: dict[str, Any]) -> list[tuple[str, str]]:
+    limits, weights = engine["limits"], engine["weight_bytes"]
+    positions = limits["max_batch"] * limits["max_seq"]
+    return [
+        ("built for", f"{engine['target']}, {engine['precision']}"),
+        (
+            "limits",
+            f"{limits['max_batch']} sequences of {limits['max_seq']:,} tokens, prefill by {limits['prefill_chunk']}",
+        ),
+        ("weights", f"{size(weights['total'])}, of which a decoded token reads {size(weights['per_token'])}"),
+        ("KV cache when full", size(positions * config.kv_bytes_per_token(4))),
+        ("files", ", ".join(f"{name} {size(nbytes)}" for name, nbytes in engine["files"].items())),
+        ("built with", ", ".join(f"{tool} {version}" for tool, version in engine["toolchain"].items())),
+    ]
+
+
+def _kv_text(facts: dict[str, Any]) -> str:
+    per_token, context = facts["kv_bytes_per_token"], facts["context"]
+    rows = [("KV cache", "bytes per token", f"at {context:,} tokens")]
+    rows += [(name, f"{nbytes:,}", size(nbytes * context)) for name, nbytes in per_token.items()]
+    return table(rows, "<>>")
+
+
+def _memory_text(facts: dict[str, Any]) -> str:
+    memories = list(next(iter(facts["fits"].values())))
+    rows = [("precision", "bytes of weights", "weights", "weights + KV", *memories)]
+    for precision, nbytes in facts["weight_bytes"].items():
+        if nbytes is None:
+            rows.append((precision, "cannot be built", "", "", *("" for _ in memories)))
+            continue
+        fits = ("fits" if facts["fits"][precision][name] else "no" for name in memories)
+        total = nbytes + facts["kv_bytes_at_context"][precision]
+        rows.append((precision, f"{nbytes:,}", size(nbytes), size(total), *fits))
+    return table(rows, "<>>>" + ">" * len(memories))

@@ -1,0 +1,114 @@
+"""What a verification runs through both models: prompts, and windows of a text or of random tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gatework.plugins.errors import GateworkError
+from gatework.runtime.engine import Engine
+from gatework.runtime.tokenizer import load_tokenizer
+from gatework.runtime.verify.perplexity import windows
+
+_LONGEST_PROMPT = 1024
+_TEXT_HEAD = 32
+_RANDOM_WINDOWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Prompts and windows of token ids, by name.
+
+    tokens: greedy tokens that follow each prompt.
+    """
+
+    prompts: dict[str, list[int]]
+    windows: dict[str, list[int]]
+    tokens: int
+
+    @property
+    def longest(self) -> int:
+        """Positions that the longest sequence takes."""
+        lengths = [len(ids) + self.tokens - 1 for ids in self.prompts.values()]
+        return max([1, *lengths, *(len(ids) for ids in self.windows.values())])
+
+    @property
+    def rows(self) -> int:
+        """Tokens to run through both."""
+        return sum(len(ids) + self.tokens for ids in self.prompts.values()) + 2 * sum(map(len, self.windows.values()))
+
+    def facts(self, engine: Engine) -> dict[str, Any]:
+        """For the report."""
+        facts: dict[str, Any] = {
+            "prompts": ", ".join(f"{name} of {len(ids)}" for name, ids in self.prompts.items()),
+            "windows": f"{len(self.windows)} of up to {max(map(len, self.windows.values()), default=0)} tokens",
+        }
+        reach = engine.model.get("sliding_window")
+        if reach is not None and self.longest <= reach:
+            facts["not_covered"] = f"the sliding window of {reach}: no sequence here is longer"
+        return facts
+
+
+def make_plan(
+    engine: Engine, text: str | None, prompts: Sequence[str | Sequence[int]] | None, tokens: int, window: int
+) -> Plan:
+    """The arguments of `verify` as token ids that fit the engine."""
+    if tokens < 1 or window < 2:
+        raise GateworkError("nothing to compare", got=f"tokens={tokens}, window={window}", expected="at least 1 and 2")
+    max_seq = engine.limits.max_seq
+    tokens = min(tokens, max(1, max_seq // 2))
+    room = max_seq - tokens + 1
+    rng = np.random.default_rng(0)
+    text_ids = [] if text is None else _encode(engine, text)
+    if prompts is None:
+        chosen = {f"random prompt {n}": ids for n, ids in enumerate(_random_prompts(engine, room, rng), start=1)}
+        if text_ids:
+            chosen["the text's head"] = text_ids[: min(_TEXT_HEAD, room)]
+    else:
+        encoded = [
+            _encode(engine, prompt) if isinstance(prompt, str) else [int(id) for id in prompt] for prompt in prompts
+        ]
+        chosen = {f"prompt {n}": _checked(engine, ids, room) for n, ids in enumerate(encoded, start=1)}
+    width = min(window, max_seq)
+    if text is None:
+        parts = [_random_ids(engine, width, rng) for _ in range(_RANDOM_WINDOWS)] if width >= 2 else []
+    else:
+        parts = windows(text_ids, width)
+    kind = "random window" if text is None else "window"
+    return Plan(chosen, {f"{kind} {n}": ids for n, ids in enumerate(parts, start=1)}, tokens)
+
+
+def _encode(engine: Engine, text: str) -> list[int]:
+    tokenizer = load_tokenizer(engine.path)
+    if tokenizer is None:
+        raise GateworkError(
+            "this engine has no tokenizer", fix="verify it without a text, or with prompts of token ids"
+        )
+    return tokenizer.encode(text)
+
+
+def _checked(engine: Engine, ids: list[int], room: int) -> list[int]:
+    """Prompt ids that the engine and the reference can take, with the tokens that follow."""
+    vocab_size = engine.model["vocab_size"]
+    if not 1 <= len(ids) <= room:
+        raise GateworkError("a prompt does not fit", got=f"{len(ids)} tokens", expected=f"1 to {room}")
+    if not all(0 <= token < vocab_size for token in ids):
+        raise GateworkError("a token id is out of range", expected=f"0 to {vocab_size - 1}")
+    return ids
+
+
+def _random_prompts(engine: Engine, room: int, rng: np.random.Generator) -> list[list[int]]:
+    """One token; some; enough for a second prefill chunk; and enough to leave the sliding window, if that is not far."""
+    edges = [engine.limits.prefill_chunk, engine.model.get("sliding_window")]
+    lengths = {1, 17, *(edge + 9 for edge in edges if edge is not None and edge + 9 <= _LONGEST_PROMPT)}
+    return [_random_ids(engine, length, rng) for length in sorted({min(length, room) for length in lengths})]
+
+
+def _random_ids(engine: Engine, count: int, rng: np.random.Generator) -> list[int]:
+    """Random tokens after BOS, where the model has one."""
+    ids: list[int] = rng.integers(0, engine.model["vocab_size"], count).tolist()
+    bos = engine.model.get("bos_token_id")
+    return ids if bos is None else [bos, *ids[1:]]
