@@ -50,22 +50,37 @@ class Engine:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: Check = "auto") -> Engine:
-        """Read and check an engine directory.
+        """Read and check an engine directory: every file's size, every small file's SHA-256, and the weights' as well.
 
         Args:
-            check: "sizes" compares file sizes; "full" compares every file's SHA-256 too; "auto" is "full" for engines up to
-                4 GiB, and for larger ones hashes every file but the weights.
+            check: "full" hashes the weights, "sizes" does not, "auto" does so up to 4 GiB.
 
         Raises:
             GateworkError: not an engine, of a newer format, incomplete, or altered; names the file.
         """
         path = Path(path)
         manifest = _read_manifest(path)
-        _check_files(path, manifest["files"], check)
+        _check_sizes(path, manifest["files"])
         limits = manifest["limits"]
         if set(limits) != {"max_batch", "max_seq", "prefill_chunk"} or not all(type(x) is int for x in limits.values()):
             raise _damaged(path / engine_format.MANIFEST, "its limits are not known")
-        return cls(path, manifest, Limits(**limits))
+        engine = cls(path, manifest, Limits(**limits))
+        engine._check_hashes([name for name in manifest["files"] if not _is_weights(name)])
+        engine.check_weights(check)
+        return engine
+
+    def check_weights(self, check: Check) -> None:
+        """Compare the weight files' hashes with the manifest's, as `open` does."""
+        files = self.manifest["files"]
+        weights = [name for name in files if _is_weights(name)]
+        small = sum(files[name]["size"] for name in weights) <= _AUTO_LIMIT
+        if check == "full" or (check == "auto" and small):
+            self._check_hashes(weights)
+
+    def _check_hashes(self, names: list[str]) -> None:
+        for name, facts in engine_format.file_table(self.path, names).items():
+            if facts["sha256"] != self.manifest["files"][name]["sha256"]:
+                raise _damaged(self.path / name, "its content was altered")
 
 
 def is_engine(path: Path) -> bool:
@@ -100,9 +115,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_files(path: Path, files: dict[str, Any], check: Check) -> None:
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _check_sizes(path: Path, files: dict[str, Any]) -> None:
     manifest = path / engine_format.MANIFEST
-    total = 0
     for name, facts in files.items():
         file = path / name
         if Path(name).name != name:
@@ -111,15 +129,8 @@ def _check_files(path: Path, files: dict[str, Any], check: Check) -> None:
             raise _damaged(manifest, f"it does not tell the size and SHA-256 of {name}")
         if not file.is_file():
             raise _damaged(file, "it is missing")
-        size = file.stat().st_size
-        if size != facts["size"]:
+        if (size := file.stat().st_size) != facts["size"]:
             raise _damaged(file, f"it has {size} bytes, not {facts['size']}")
-        total += size
-    everything = check == "full" or (check == "auto" and total <= _AUTO_LIMIT)
-    hashed = [name for name in files if everything or (check == "auto" and not name.endswith(".safetensors"))]
-    for name, facts in engine_format.file_table(path, hashed).items():
-        if facts["sha256"] != files[name]["sha256"]:
-            raise _damaged(path / name, "its content was altered")
 
 
 def _damaged(file: Path, why: str) -> GateworkError:

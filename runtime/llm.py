@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
 from operator import index
@@ -71,12 +72,15 @@ class LLM:
         threads: int | None = None,
         check: Check = "auto",
     ) -> None:
-        self.engine = Engine.open(engine_dir, check=check)
+        self.engine = Engine.open(engine_dir, check="sizes")
         self.tokenizer: Tokenizer | None = load_tokenizer(self.engine.path)
         batch = self.engine.limits.max_batch if max_batch is None else max_batch
         if batch < 1:
             raise GateworkError("max_batch is not positive", got=batch, expected="at least 1")
-        self._backend = OrtBackend(self.engine, max_batch=batch, threads=threads)
+        with ThreadPoolExecutor(1) as pool:  # the weights are hashed while the session is made of them
+            hashing = pool.submit(self.engine.check_weights, check)
+            self._backend = OrtBackend(self.engine, max_batch=batch, threads=threads)
+            hashing.result()
         self._scheduler = Scheduler(self._backend, self.engine.limits.prefill_chunk)
         self._lock = threading.Lock()
 

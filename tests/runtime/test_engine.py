@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gatework import LLM
 from gatework.export.build import build_engine
 from gatework.plugins.errors import GateworkError
 from gatework.runtime.engine import Engine
@@ -49,6 +50,16 @@ def test_one_flipped_bit(engine: Path, name: str, place: float) -> None:
     (engine / name).write_bytes(data)
     with pytest.raises(GateworkError, match=f"{name} is damaged"):
         Engine.open(engine)
+
+
+def test_llm_refuses_altered_weights(engine: Path) -> None:
+    data = bytearray((engine / "experts.safetensors").read_bytes())
+    data[-1] ^= 1
+    (engine / "experts.safetensors").write_bytes(data)
+    for check in ("auto", "full"):
+        with pytest.raises(GateworkError, match=r"experts\.safetensors is damaged"):
+            LLM(engine, check=check)  # type: ignore[arg-type]
+    LLM(engine, check="sizes")  # as asked
 
 
 def test_truncated_and_missing_files(engine: Path) -> None:
