@@ -12,7 +12,7 @@ from torch import Tensor
 
 _KEY = "gatework.pack"
 _DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
-_DTYPES |= {torch.uint8: ir.DataType.UINT8, torch.int8: ir.DataType.INT8}
+_DTYPES |= {torch.uint8: ir.DataType.UINT8, torch.int8: ir.DataType.INT8, torch.int64: ir.DataType.INT64}
 TORCH_DTYPES = {onnx: dtype for dtype, onnx in _DTYPES.items()}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from safetensors import safe_open
@@ -126,6 +127,21 @@ def test_half_precision(tmp_path: Path, dtype: str) -> None:
     routed = [node for node in graph.node if node.op_type == "MoE"]
     assert [kinds[node.input[1]] for node in routed] == [onnx.TensorProto.FLOAT] * 2
     assert {t.data_type for t in graph.initializer if t.name.endswith("moe.w_in")} == {kind}
+
+
+def test_long_context(tmp_path: Path) -> None:
+    """Tables over all positions lie in the weights' file as well: rotary tables and the mask's positions."""
+    checkpoint = make_checkpoint(tmp_path, "llama2", num_layers=1, max_position_embeddings=2048)
+    path = export_onnx(checkpoint, tmp_path / "onnx")
+    assert (path / "model.onnx").stat().st_size < 30_000
+    session = ort.InferenceSession(path / "model.onnx", providers=["CPUExecutionProvider"])
+    feeds = {
+        i.name: np.zeros((1, *i.shape[1:]), np.float32) for i in session.get_inputs() if i.name.startswith("past.")
+    }
+    ids = np.array([[3, 4, 5]])
+    feeds |= {"input_ids": ids, "position_ids": np.arange(3)[None], "write_indices": np.zeros(1, np.int64)}
+    want = reference_model(checkpoint)(torch.from_numpy(ids)).logits[0, -1].detach().numpy()
+    np.testing.assert_allclose(session.run(["logits"], feeds)[0][0, 0], want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 def test_tied_embedding_is_stored_once(tmp_path: Path) -> None:
