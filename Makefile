@@ -8,7 +8,8 @@ MODEL       ?= examples/tiny-mixtral
 TARGET      ?= cpu
 PRECISION   ?= int8
 ENGINE      ?= build/engines/$(notdir $(MODEL:/=))-$(TARGET)-$(PRECISION)
-PROMPT      ?= def binary_search(items, target):
+PROMPT      ?= def read_lines(path, encoding=None):
+SAMPLING    ?= --temperature 0.5 --top-p 0.9 --repetition-penalty 1.1 --seed 1
 TEXT        ?= $(MODEL)/heldout.txt
 
 JOBS        ?= 2
@@ -19,6 +20,8 @@ BIN         := $(VENV)/bin
 READY       := $(VENV)/.ready
 ROOMS       := export plugins runtime
 
+# Idle threads of torch sleep: on a shared machine, spinning ones cost more than they gain.
+export OMP_WAIT_POLICY ?= PASSIVE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -38,7 +41,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 demo: engine ## Build an int8 engine from the bundled checkpoint, generate with it, measure it, check it
-	$(BIN)/gatework generate $(ENGINE) --prompt '$(PROMPT)' --max-tokens 96
+	$(BIN)/gatework generate $(ENGINE) --echo --prompt '$(PROMPT)' --max-tokens 72 $(SAMPLING)
 	$(BIN)/gatework bench $(ENGINE)
 	$(BIN)/gatework verify $(ENGINE) --reference $(MODEL) --text $(TEXT)
 

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import Dtype, ModelConfig
+from gatework.export.groups import DEFAULT_GROUPS, GROUP_SIZES
 from gatework.export.lower import CpuPrecision, lower_to_cpu
 from gatework.export.materialize import write_model
 from gatework.export.onnx_export import add_function_body, trace
@@ -25,7 +26,6 @@ from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import VERSION as PLUGIN_VERSION
 
 TARGETS: dict[str, tuple[str, ...]] = {"cpu": get_args(CpuPrecision)}
-DEFAULT_GROUPS = {"fp32": 0, "int8": 256, "int4": 32}  # int8 loses nothing by wide groups, and its kernels gain speed
 _TOOLS = ("gatework", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 
 
@@ -56,8 +56,8 @@ def build_engine(
         GateworkError: bad checkpoint, impossible target or precision, `out` in the way. Nothing is left behind.
     """
     _check_pair(target, precision)
-    group = DEFAULT_GROUPS[precision] if group_size is None else group_size
-    if group_size is not None and group not in (16, 32, 64, 128, 256):
+    group = DEFAULT_GROUPS.get(precision, 0) if group_size is None else group_size
+    if group_size is not None and group not in GROUP_SIZES:
         raise GateworkError("group size cannot be used", got=group_size, expected="16, 32, 64, 128 or 256")
     for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
         if value < 1:

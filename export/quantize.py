@@ -15,15 +15,6 @@ _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _BLOCK = 1 << 18  # weights worked on at once, so that the passes over them stay in the CPU's cache
 
 
-def fit_group(columns: int, group: int) -> int | None:
-    """The largest group size, a power of two from 16 up to `group`, that divides a row of `columns`; None if none does."""
-    while group >= 16:
-        if columns % group == 0:
-            return group
-        group //= 2
-    return None
-
-
 def quantize_rows(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """Quantise each row in groups.
 

@@ -6,10 +6,10 @@ import math
 from typing import Literal
 
 from gatework.export.config import ModelConfig
+from gatework.export.groups import DEFAULT_GROUPS, HEAD_BITS, HEAD_GROUP, PADDED_GROUP, fit_group
 
 Precision = Literal["fp32", "bf16", "fp8", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp8", "int8", "int4")
-DEFAULT_GROUPS: dict[Precision, int] = {"int8": 256, "int4": 32}  # those of gatework.export.build
 
 # Bytes of one cached key or value: CPU engines, quantised or not, compute in float32; the rest are GPU formats.
 KV_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp8": 2, "int8": 4, "int4": 4}
@@ -32,11 +32,11 @@ def weight_bytes(config: ModelConfig, precision: Precision, group: int | None = 
     if precision == "fp8":
         return sum(_fp8_bytes(name, shape) for name, shape in shapes.items())
     bits, group = _BITS[precision], group or DEFAULT_GROUPS[precision]
-    if config.moe is not None and _fit_group(config.hidden_size, group) is None:
+    if config.moe is not None and fit_group(config.hidden_size, group) is None:
         return None
     total = sum(_grouped_bytes(name, shape, bits, group, config) for name, shape in shapes.items())
     if config.tie_embeddings:  # looked up row by row and multiplied with: two layouts
-        total += _matrix_bytes(shapes["embed.weight"], bits, group)
+        total += _head_bytes(shapes["embed.weight"], bits, group)
     return total
 
 
@@ -54,10 +54,12 @@ def _fp8_bytes(name: str, shape: tuple[int, ...]) -> int:
 
 
 def _grouped_bytes(name: str, shape: tuple[int, ...], bits: int, group: int, config: ModelConfig) -> int:
-    size = _fit_group(config.hidden_size, group)
+    size = fit_group(config.hidden_size, group)
     is_embedding = name.startswith("embed.")
     if len(shape) == 1 or ".router." in name or (is_embedding and size is None):
         return 4 * math.prod(shape)
+    if name == "lm_head.weight":
+        return _head_bytes(shape, bits, group)
     if len(shape) == 2 and not is_embedding:
         return _matrix_bytes(shape, bits, group)
     assert size is not None, name
@@ -70,12 +72,12 @@ def _grouped_bytes(name: str, shape: tuple[int, ...], bits: int, group: int, con
     return rows * (columns * bits // 8 + columns // size * _SCALE)
 
 
+def _head_bytes(shape: tuple[int, ...], bits: int, group: int) -> int:
+    """The output head has 8 bits at least, and then groups of 256."""
+    return _matrix_bytes(shape, bits, group) if bits >= HEAD_BITS else _matrix_bytes(shape, HEAD_BITS, HEAD_GROUP)
+
+
 def _matrix_bytes(shape: tuple[int, ...], bits: int, group: int) -> int:
     N, K = shape
-    size = _fit_group(K, group) or min(group, 32)
+    size = fit_group(K, group) or min(group, PADDED_GROUP)
     return N * -(-K // size) * (size * bits // 8 + _SCALE)
-
-
-def _fit_group(columns: int, group: int) -> int | None:
-    """As `gatework.export.quantize.fit_group`, which needs torch."""
-    return next((size for size in (256, 128, 64, 32, 16) if size <= group and columns % size == 0), None)

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a check failed (verify), 2 a mistake of the user's or a la
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -92,6 +93,8 @@ def _fail(message: str) -> int:
 
 
 def _reason(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "no space left; fix: free some, or write elsewhere"
     places = [str(name) for name in (error.filename, error.filename2) if name is not None]
     return ": ".join([*places, error.strerror or str(error)])
 

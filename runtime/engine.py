@@ -61,10 +61,8 @@ class Engine:
         path = Path(path)
         manifest = _read_manifest(path)
         _check_sizes(path, manifest["files"])
-        limits = manifest["limits"]
-        if set(limits) != {"max_batch", "max_seq", "prefill_chunk"} or not all(type(x) is int for x in limits.values()):
-            raise _damaged(path / engine_format.MANIFEST, "its limits are not known")
-        engine = cls(path, manifest, Limits(**limits))
+        _check_numbers(path / engine_format.MANIFEST, manifest)
+        engine = cls(path, manifest, Limits(**manifest["limits"]))
         engine._check_hashes([name for name in manifest["files"] if not _is_weights(name)])
         engine.check_weights(check)
         return engine
@@ -131,6 +129,22 @@ def _check_sizes(path: Path, files: dict[str, Any]) -> None:
             raise _damaged(file, "it is missing")
         if (size := file.stat().st_size) != facts["size"]:
             raise _damaged(file, f"it has {size} bytes, not {facts['size']}")
+
+
+def _check_numbers(file: Path, manifest: dict[str, Any]) -> None:
+    """Raise unless limits, sizes and token ids, which loops and allocations rely on, are counts."""
+    limits, model, weights = manifest["limits"], manifest["model"], manifest["weight_bytes"]
+    if set(limits) != {"max_batch", "max_seq", "prefill_chunk"} or not all(map(_is_count, limits.values())):
+        raise _damaged(file, "its limits are not known")
+    if not all(_is_count(weights.get(name)) for name in ("total", "per_token")):
+        raise _damaged(file, "its weight_bytes are not known")
+    eos = model.get("eos_token_ids")
+    if not _is_count(model.get("vocab_size")) or not isinstance(eos, list) or not all(type(x) is int for x in eos):
+        raise _damaged(file, "its model's vocabulary is not known")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
 
 
 def _damaged(file: Path, why: str) -> GateworkError:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gatework.export.build import DEFAULT_GROUPS, build_engine
+from gatework.export.build import build_engine
 from gatework.export.decoder import Decoder
-from gatework.export.quantize import dequantize_rows, fit_group, quantize_rows
+from gatework.export.groups import DEFAULT_GROUPS, HEAD_BITS, HEAD_GROUP, fit_group
+from gatework.export.quantize import dequantize_rows, quantize_rows
 from gatework.export.reference import Reference
 from gatework.runtime.backends.ort import OrtBackend
 from gatework.runtime.engine import Engine
@@ -53,6 +54,8 @@ def round_weights(decoder: Decoder, bits: int, group: int) -> None:
             rows = weight.reshape(-1, weight.shape[-1])
             codes, scales = quantize_rows(rows, bits, hidden_group)  # type: ignore[arg-type]
             weight.data = dequantize_rows(codes, scales, bits, rows.shape[1]).view_as(weight)
+        elif name == "lm_head.weight":
+            weight.data = rounded(weight, HEAD_BITS, HEAD_GROUP)
         else:
             weight.data = rounded(weight, bits, group)
 

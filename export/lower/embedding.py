@@ -11,9 +11,10 @@ from functools import partial
 import onnx_ir as ir
 import torch
 
+from gatework.export.groups import fit_group
 from gatework.export.lower.graph import MS, Builder, replace
 from gatework.export.packing import Pack, TensorSpec, add_packed, is_weight, pack_of
-from gatework.export.quantize import fit_group, quantize_rows
+from gatework.export.quantize import quantize_rows
 
 
 def to_gather_block_quantized(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model, bool]:

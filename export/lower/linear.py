@@ -11,9 +11,12 @@ from functools import partial
 import onnx_ir as ir
 import torch
 
+from gatework.export.groups import HEAD_BITS, HEAD_GROUP, PADDED_GROUP, fit_group
 from gatework.export.lower.graph import MS, Builder, linear_weight, replace
 from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
-from gatework.export.quantize import fit_group, quantize_rows
+from gatework.export.quantize import quantize_rows
+
+_HEAD = "lm_head.weight"
 
 
 def to_fused_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
@@ -22,7 +25,7 @@ def to_fused_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
 
 
 def to_matmul_nbits(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model, bool]:
-    """Quantise every product with a weight but the routers'."""
+    """Quantise every product with a weight but the routers'; the output head takes 8 bits at least."""
 
     def product(build: Builder, x: ir.Value | None, weight: ir.Value) -> ir.Value | None:
         pack = pack_of(weight)
@@ -30,15 +33,17 @@ def to_matmul_nbits(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model
         if ".router." in spec.name:
             return None
         N, K = static_shape(weight)
-        size = fit_group(K, group) or min(group, 32)  # the last block of an odd row is padded
+        name = spec.name if linear_users(weight) == len(weight.uses()) else _HEAD  # tied to the embedding
+        width, widest = (HEAD_BITS, HEAD_GROUP) if name == _HEAD and bits < HEAD_BITS else (bits, group)
+        size = fit_group(K, widest) or min(widest, PADDED_GROUP)  # the last block of an odd row is padded
         blocks = -(-K // size)
-        name = spec.name if linear_users(weight) == len(weight.uses()) else "lm_head.weight"  # tied to the embedding
         outputs = (
-            TensorSpec(f"{name}.codes", torch.uint8, (N, blocks, size * bits // 8)),
+            TensorSpec(f"{name}.codes", torch.uint8, (N, blocks, size * width // 8)),
             TensorSpec(f"{name}.scales", torch.float32, (N, blocks)),
         )
-        quantised = add_packed(model.graph, Pack(pack.sources, outputs, partial(quantize_rows, bits=bits, group=size)))
-        settings = {"bits": bits, "block_size": size, "N": N, "K": K, "accuracy_level": 4}
+        encode = partial(quantize_rows, bits=width, group=size)
+        quantised = add_packed(model.graph, Pack(pack.sources, outputs, encode))
+        settings = {"bits": width, "block_size": size, "N": N, "K": K, "accuracy_level": 4}
         return build.op("MatMulNBits", x, *quantised, domain=MS, **settings)[0]
 
     return _rewrite(model, product)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gatework.export.groups import fit_group
 from gatework.export.lower.graph import MS, Builder, replace
 from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
-from gatework.export.quantize import fit_group, quantize_rows
+from gatework.export.quantize import quantize_rows
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import DOMAIN, MoEAttributes
 

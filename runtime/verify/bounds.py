@@ -28,10 +28,10 @@ DEFAULT_BOUNDS: dict[str, Bounds] = {
     # equal within it. An error of 1e-5 in every logit moves a token's loss by some 1e-4, with either sign: the mean by less.
     "fp32": Bounds(relative=1e-5, greedy_margin=1e-5, perplexity=1e-4),
     # 127 steps to a group's largest weight, and activations rounded to 8 bits as well: products are off by some 0.5 %.
-    # A trained model's logits hardly move (KL 0.0002 to 0.001 on the bundled one); 0.01 nats is where a token's probability is
+    # A trained model's logits hardly move (KL 0.0006 on the bundled one); 0.01 nats is where a token's probability is
     # off by a few per cent. A random model is no fair subject: its router follows any error. Pass bounds of your own for it.
     "int8": Bounds(mean_kl=0.01, perplexity=0.005),
     # 8 steps instead of 127, softened by scales of least squared error and groups of 32 weights: KL grows with the square
-    # of the error (0.005 to 0.011 on the bundled model), and perplexity with KL.
+    # of the error (0.02 on the bundled model), and perplexity with KL.
     "int4": Bounds(mean_kl=0.05, perplexity=0.03),
 }

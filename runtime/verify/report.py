@@ -35,10 +35,11 @@ class Check:
         """The smallest bound, in two digits, that this engine would pass; None where no bound would do."""
         if not math.isfinite(self.observed) or self.compared == 0:
             return None
-        if self.observed <= 0:
-            return 0.0
-        unit = 10.0 ** (math.floor(math.log10(self.observed)) - 1)
-        return float(f"{math.ceil(self.observed / unit) * unit:.1e}")
+        rounded = float(f"{self.observed:.1e}")
+        if rounded >= self.observed:
+            return rounded
+        half = 0.05 * 10.0 ** math.floor(math.log10(self.observed))
+        return float(f"{self.observed + half:.1e}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; a deviation that is no number is null."""
@@ -89,7 +90,11 @@ class VerifyReport:
             rows.append(
                 (check.name, f"{check.observed:.4g}", bound, needed, f"{check.compared:,}", verdict, check.note)
             )
-        facts = "\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in self.facts.items())
+        facts = "\n".join(f"{name.replace('_', ' ')}: {_shown(value)}" for name, value in self.facts.items())
         verdict = "passed" if self.passed else "FAILED"
         head = f"{self.engine} ({self.precision}) against {self.reference}"
         return f"{head}\n\n{table(rows, '<>>>><<')}\n\n{facts}\n\n{verdict}"
+
+
+def _shown(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +37,9 @@ def named(report: VerifyReport, name: str) -> Check:
     return check
 
 
-def alter(checkpoint: Path, fault: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> Path:
-    """A copy of a checkpoint whose config or weights `fault` has changed."""
-    out = checkpoint.parent / "altered"
+def alter(checkpoint: Path, folder: Path, fault: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> Path:
+    """A copy of a checkpoint, in `folder`, whose config or weights `fault` has changed."""
+    out = folder / "altered"
     out.mkdir()
     config, tensors = json.loads((checkpoint / "config.json").read_text()), load_file(checkpoint / "model.safetensors")
     fault(config, tensors)
@@ -52,12 +54,13 @@ def alter(checkpoint: Path, fault: Callable[[dict[str, Any], dict[str, Tensor]],
 @pytest.mark.parametrize("model", ["llama2", "mistral", "mixtral", "dbrx"])
 def test_fp32_engines_pass(tmp_path: Path, model: str) -> None:
     path = make_checkpoint(tmp_path, model, max_position_embeddings=160)
-    engine = build_engine(path, tmp_path / "engine", precision="fp32", prefill_chunk=8, max_batch=3)
+    engine = build_engine(path, tmp_path / "engine", precision="fp32", prefill_chunk=16, max_batch=3)
     report = verify(engine, path)
     assert report.passed, str(report)
-    assert named(report, "greedy tokens: margin of a flip").note.startswith("192 of 192 tokens the same")
+    assert re.fullmatch(r"(\d+) of \1 tokens the same", named(report, "greedy tokens: margin of a flip").note)
+    assert named(report, "greedy tokens: margin of a flip").compared >= 3 * 64
     assert named(report, "decode: max relative error").compared >= 3 * 63 + 4 * 160
-    assert named(report, "prefill: max relative error").compared >= 3 + 4 * 160 // 8
+    assert named(report, "prefill: max relative error").compared >= 5 + 4 * 160 // 16
     assert "not_covered" not in report.facts
 
 
@@ -94,9 +97,7 @@ def test_perplexity_is_transformers(tiny: dict[str, Path]) -> None:
     assert report.facts["perplexity_reference"] == pytest.approx(torch.cat(losses).mean().exp().item(), rel=1e-5)
 
 
-# ---- planted faults: an engine of an altered checkpoint, judged by the sound one
-
-EXPERT = "model.layers.1.mlp.experts"
+# ---- planted faults: engine and reference of checkpoints that differ in one thing
 
 
 def swap_gate_and_up(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -130,12 +131,27 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any], dict[str, Tensor]], objec
 }
 
 
+@pytest.fixture(scope="module")
+def sound_engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """model -> (checkpoint, fp32 engine), each made once."""
+
+    @functools.cache
+    def make(model: str) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp(model)
+        path = make_checkpoint(folder, model)
+        return path, build_engine(path, folder / "engine", precision="fp32", prefill_chunk=8)
+
+    return make
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_in_the_model_fail(tmp_path: Path, fault: str) -> None:
+def test_faults_in_the_model_fail(
+    tmp_path: Path, sound_engines: Callable[[str], tuple[Path, Path]], fault: str
+) -> None:
+    """The sound engine is judged by the altered reference: as far apart as the other way round, and quicker to make."""
     model, change = FAULTS[fault]
-    path = make_checkpoint(tmp_path, model)
-    engine = build_engine(alter(path, change), tmp_path / "engine", precision="fp32", prefill_chunk=8)
-    report = verify(engine, path, tokens=16, check_fingerprint=False)
+    path, engine = sound_engines(model)
+    report = verify(engine, alter(path, tmp_path, change), tokens=16, check_fingerprint=False)
     check = named(report, "decode: max relative error")
     assert not report.passed
     assert not check.passed
@@ -143,19 +159,20 @@ def test_faults_in_the_model_fail(tmp_path: Path, fault: str) -> None:
     assert "first beyond the bound" in check.note
 
 
-def test_faults_in_quantised_engines_fail(tmp_path: Path) -> None:
-    """One expert of one layer silenced, in a trained model: a small part of every token's way."""
-    path = tmp_path / "tiny"
-    path.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (path / name).write_bytes((TINY / name).read_bytes())
+def swap_gates_and_ups(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Of all experts of two layers."""
+    for name in [name for name in tensors if ".w1." in name and ("layers.1." in name or "layers.2." in name)]:
+        other = name.replace(".w1.", ".w3.")
+        tensors[name], tensors[other] = tensors[other], tensors[name]
 
-    def silence(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        for name in tensors:
-            if "layers.1." in name and ".w2." in name and ".experts.0." in name:
-                tensors[name].zero_()
 
-    engine = build_engine(alter(path, silence), tmp_path / "engine", precision="int8", max_seq=256)
+def set_rope_base(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    config["rope_parameters"]["rope_theta"] = 1e4
+
+
+@pytest.mark.parametrize("fault", [swap_gates_and_ups, set_rope_base])
+def test_faults_in_quantised_engines_fail(tmp_path: Path, fault: Callable[..., None]) -> None:
+    engine = build_engine(alter(TINY, tmp_path, fault), tmp_path / "engine", precision="int8", max_seq=256)
     report = verify(engine, TINY, check_fingerprint=False, tokens=8)
     assert not report.passed
     assert not named(report, "decode: mean KL").passed
@@ -165,11 +182,9 @@ def test_faults_in_quantised_engines_fail(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def sound(sound_engines: Callable[[str], tuple[Path, Path]]) -> tuple[Path, Path]:
     """(checkpoint, fp32 engine)."""
-    folder = tmp_path_factory.mktemp("sound")
-    path = make_checkpoint(folder, "mixtral")
-    return path, build_engine(path, folder / "engine", precision="fp32", prefill_chunk=8)
+    return sound_engines("mixtral")
 
 
 def decode_position_late(self: OrtBackend, tokens: list[int], positions: list[int]) -> np.ndarray:
@@ -220,7 +235,7 @@ def test_faults_in_the_run_fail(
 
 
 def test_another_checkpoint_is_refused(sound: tuple[Path, Path], tmp_path: Path) -> None:
-    path, engine = sound
+    _, engine = sound
     other = make_checkpoint(tmp_path, "mixtral", seed=1)
     with pytest.raises(GateworkError, match=r"was not built from .*; fix: give the checkpoint"):
         verify(engine, other)

@@ -1,0 +1,90 @@
+"""bench: every number is there, plausible and consistent; what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gatework.export.build import build_engine
+from gatework.plugins.errors import GateworkError
+from gatework.runtime import bench as bench_module
+from gatework.runtime.bench import bench, peak_rss
+from gatework.runtime.cli import main
+from gatework.runtime.engine import Engine
+from tests.checkpoints import make_checkpoint
+
+KEYS = {"prefill_tok_s", "decode_tok_s", "ttft_ms", "weight_bytes_per_token", "gb_s", "peak_rss_mb", "load_s"}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench")
+    path = make_checkpoint(folder, "mixtral", num_layers=1)
+    return build_engine(path, folder / "engine", precision="int8", max_batch=3, prefill_chunk=8)
+
+
+def test_numbers(engine: Path) -> None:
+    result = bench(engine, prompt_tokens=20, new_tokens=5, batch=2, repeat=2, threads=1)
+    assert KEYS | {"engine", "precision", "threads", "batch", "versions"} <= set(result)
+    assert (result["precision"], result["threads"], result["batch"]) == ("int8", 1, 2)
+    assert all(result[key] > 0 for key in KEYS)
+    assert result["weight_bytes_per_token"] == Engine.open(engine).weight_bytes["per_token"]
+    gb_s = result["weight_bytes_per_token"] * result["decode_tok_s"] / 1e9
+    assert result["gb_s"] == pytest.approx(gb_s, rel=1e-3)  # four digits are shown
+    assert result["ttft_ms"] < 1e3 * 2 * 20 / result["prefill_tok_s"]  # the first of two prompts
+    assert result["versions"]["onnxruntime"]
+
+
+def test_every_round_decodes_what_was_asked_for(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds are counted by steps of the backend: 3 prompts of 3 chunks, then 4 decoding steps, all rows together."""
+    ticks = [0.0]
+
+    class Backend(bench_module.LLM):
+        def _step(self) -> None:
+            super()._step()
+            ticks[0] += 1
+
+    monkeypatch.setattr(bench_module, "LLM", Backend)
+    monkeypatch.setattr(bench_module.time, "perf_counter", lambda: ticks[0])
+    result = bench(engine, prompt_tokens=20, new_tokens=4, batch=3)
+    assert result["ttft_ms"] == 1000
+    assert result["prefill_tok_s"] == 3 * 20 / 3
+    assert result["decode_tok_s"] == 3 * 4 / 4
+
+
+def test_prompt_shrinks_to_what_fits(engine: Path) -> None:
+    assert bench(engine, new_tokens=10, repeat=1)["prompt_tokens"] == 64 - 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_tokens": 60, "new_tokens": 10}, "do not fit this engine; got 60 and 10; .* 64 together"),
+        ({"new_tokens": 64}, "do not fit this engine; got 0 and 64"),
+        ({"batch": 4}, "batch is too large for this engine; got 4; expected at most 3"),
+        ({"repeat": 0}, "repeat is not positive"),
+    ],
+)
+def test_what_does_not_fit_is_refused(engine: Path, options: dict[str, int], message: str) -> None:
+    with pytest.raises(GateworkError, match=message):
+        bench(engine, **options)  # type: ignore[arg-type]
+
+
+def test_command_ends_with_one_json_line(engine: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["bench", str(engine), "--prompt-tokens", "9", "--new-tokens", "3", "--repeat", "1"]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    assert set(json.loads(last)) >= KEYS
+    assert any(line.startswith("decode") for line in table)
+
+
+def test_peak_rss_is_this_process_only() -> None:
+    """A child starts with the peak of its parent in getrusage, which this one must not report."""
+    ballast = b"x" * (200 << 20)
+    command = [sys.executable, "-c", "from gatework.runtime.bench import peak_rss; print(peak_rss())"]
+    child = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert peak_rss() > len(ballast)
+    assert child < len(ballast)
