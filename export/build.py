@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_args
@@ -140,6 +140,7 @@ def _new_directory(out: Path, force: bool) -> Iterator[Path]:
         if not (force and ours):
             fix = "pass --force to replace it" if ours else "choose another --out"
             raise GateworkError(f"{out} exists and is not empty", fix=fix)
+    made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]  # innermost first
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -155,8 +156,12 @@ def _new_directory(out: Path, force: bool) -> Iterator[Path]:
             shutil.rmtree(retired)
         else:
             staging.rename(out)
-    finally:
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):  # somebody else may use them by now
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def _copy_tokenizer(source: Path, directory: Path) -> list[str]:
