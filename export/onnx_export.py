@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import onnx_ir as ir
 import torch
@@ -16,9 +17,11 @@ from gatework.export import cache_op
 from gatework.export.config import Dtype, ModelConfig
 from gatework.export.decoder import Decoder, moe_attributes, rope_tables
 from gatework.export.packing import identity_pack, set_pack
+from gatework.export.repeat import repeat_last_layer
 from gatework.plugins.moe import onnx_op, torch_op
 
 OPSET = 24
+_TRACED_LAYERS = 2  # the rest are copies of the second
 ROPE_TABLES = ("rope_cos", "rope_sin")
 
 
@@ -34,8 +37,9 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
     `dtype` and shape but holds no data; the rotary tables and scalar constants do hold data.
     """
     torch_dtype = getattr(torch, dtype)
+    traced = replace(config, num_layers=min(config.num_layers, _TRACED_LAYERS))
     with torch.device("meta"):
-        decoder = Decoder(config, max_seq, all_logits=all_logits).to(torch_dtype).eval()
+        decoder = Decoder(traced, max_seq, all_logits=all_logits).to(torch_dtype).eval()
         ids = torch.zeros(2, 5, dtype=torch.int64)
         inputs = (ids, ids.clone(), ids[:, 0].clone(), decoder.empty_cache(2))
     batch, seq = torch.export.Dim("batch", max=1024), torch.export.Dim("seq", max=max_seq)
@@ -46,15 +50,17 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
             inputs,
             dynamo=True,
             opset_version=OPSET,
-            optimize=False,  # it would fold weights that are not there; `_clean` folds the rest
+            optimize=False,  # it would fold weights that are not there; `_fold` folds the rest
             verbose=False,
             dynamic_shapes=(both, both, rows, [rows] * len(inputs[3])),
-            input_names=["input_ids", "position_ids", "write_indices", *cache_names(config, "past")],
-            output_names=["logits", *cache_names(config, "present")],
+            input_names=["input_ids", "position_ids", "write_indices", *cache_names(traced, "past")],
+            output_names=["logits", *cache_names(traced, "present")],
             custom_translation_table={**torch_op.onnx_translation(), **cache_op.onnx_translation()},
         )
         assert program is not None
-        model = _clean(program.model)
+        model = _fold(program.model)
+    repeat_last_layer(model.graph, traced.num_layers, config.num_layers)
+    _drop_notes(model)
     for name, table in zip(ROPE_TABLES, rope_tables(config, max_seq), strict=True):
         model.graph.initializers[name].const_value = ir.tensor(table.to(torch_dtype), name=name)
     for name in config.tensor_shapes():
@@ -70,18 +76,22 @@ def add_function_body(model: ir.Model, config: ModelConfig) -> None:
         model.functions[function.identifier()] = function
 
 
-def _clean(model: ir.Model) -> ir.Model:
-    """Fold scalar constants; drop what tracing left behind."""
+def _fold(model: ir.Model) -> ir.Model:
+    """Fold scalar constants."""
     for value in model.graph.initializers.values():
         value.const_value = None
     optimizer.optimize_ir(model)
+    return model
+
+
+def _drop_notes(model: ir.Model) -> None:
+    """Remove what the exporter noted for debugging."""
     model.metadata_props.clear()
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
-    return model
 
 
 @contextmanager
