@@ -142,9 +142,17 @@ class Layer(nn.Module):
         self.add_module(self.ffn, MLP(config) if config.moe is None else MoE(config))
 
     def forward(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, k, v = self.attend(x, step, past_k, past_v)
+        return self.feed_forward(x), k, v
+
+    def attend(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The first half, and the updated cache."""
         y, k, v = self.attn(self.attn_norm(x), step, past_k, past_v)
-        x = x + y
-        return x + self.get_submodule(self.ffn)(self.ffn_norm(x)), k, v
+        return x + y, k, v
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The second half."""
+        return x + self.get_submodule(self.ffn)(self.ffn_norm(x))
 
 
 class Decoder(nn.Module):

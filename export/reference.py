@@ -34,12 +34,24 @@ def load_decoder(
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(os.fspath(source))
     with torch.device("meta"):
         decoder = Decoder(checkpoint.config, max_seq, all_logits=all_logits).eval()
-    for name in checkpoint.config.tensor_shapes():
-        module, _, attribute = name.rpartition(".")
-        weight = checkpoint.read(name).to(dtype)
-        setattr(decoder.get_submodule(module), attribute, nn.Parameter(weight, requires_grad=False))
+    load_weights(decoder, checkpoint, dtype=dtype)
     decoder.rope_cos, decoder.rope_sin = rope_tables(checkpoint.config, max_seq)
     return decoder
+
+
+def load_weights(
+    module: nn.Module, checkpoint: Checkpoint, prefix: str = "", *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Read the weights of a decoder, or of a part of it, that was made on the meta device.
+
+    Args:
+        prefix: what precedes the module's own names in the canonical ones, such as "layers.3.".
+        dtype: of the weights in memory.
+    """
+    for name in [name for name, _ in module.named_parameters()]:
+        owner, _, attribute = name.rpartition(".")
+        weight = checkpoint.read(prefix + name).to(dtype)
+        setattr(module.get_submodule(owner), attribute, nn.Parameter(weight, requires_grad=False))
 
 
 @dataclass(frozen=True, slots=True)

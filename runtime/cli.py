@@ -18,7 +18,7 @@ from importlib.metadata import version
 from types import FrameType
 
 from gatework.plugins.errors import GateworkError
-from gatework.runtime.commands import bench, build, export, generate, inspect, verify
+from gatework.runtime.commands import bench, build, calibrate, export, generate, inspect, verify
 
 _EXAMPLES = """\
 examples:
@@ -63,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"gatework {version('gatework')}")
+    parser.add_argument("-V", "--version", action="version", version=f"gatework {version('gatework')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (build, export, generate, verify, bench, inspect):
+    for command in (build, export, calibrate, generate, verify, bench, inspect):
         command.add(commands)
     return parser
 

@@ -6,6 +6,7 @@ import argparse
 import textwrap
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TypeAlias
 
 from gatework.plugins.errors import GateworkError
@@ -38,6 +39,14 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
     return value
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text; GateworkError where it is not UTF-8, OSError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise GateworkError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def require_build_tools(what: str) -> None:

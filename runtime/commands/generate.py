@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gatework.plugins.errors import GateworkError
-from gatework.runtime.commands.common import Commands, add_command, positive
+from gatework.runtime.commands.common import Commands, add_command, positive, read_text
 
 if TYPE_CHECKING:
     from gatework.runtime.llm import LLM, Completion, Prompt
@@ -94,10 +94,12 @@ def _texts(args: argparse.Namespace) -> list[str]:
     """The prompts given as text."""
     if args.file is None:
         return args.prompt or []
+    if str(args.file) != "-":
+        return [read_text(args.file)]
     try:
-        return [sys.stdin.read() if str(args.file) == "-" else args.file.read_text(encoding="utf-8")]
+        return [sys.stdin.read()]
     except UnicodeDecodeError as error:
-        raise GateworkError(f"{args.file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise GateworkError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def _chat(llm: LLM, args: argparse.Namespace) -> list[list[int]]:

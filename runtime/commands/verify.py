@@ -8,8 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from gatework.plugins.errors import GateworkError
-from gatework.runtime.commands.common import Commands, add_command, positive, require_build_tools
+from gatework.runtime.commands.common import Commands, add_command, positive, read_text, require_build_tools
 
 _ABOUT = """
     Compare an engine with the PyTorch reference of the checkpoint that it was built from: logits in prefill and in cached
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     report = verify(
         args.engine,
         args.reference,
-        text=None if args.text is None else _read(args.text),
+        text=None if args.text is None else read_text(args.text),
         tokens=args.tokens,
         threads=args.threads,
         progress=sys.stderr.isatty(),
@@ -57,10 +56,3 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         args.json.write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return 0 if report.passed else 1
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise GateworkError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None

@@ -18,36 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gatework.export.build import build_engine
-from gatework.runtime.cli import main
 from tests.checkpoints import make_checkpoint
 from tests.formats import convert
+from tests.refusals import Refuse, check_refusal
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-mixtral"
-
-Refuse = Callable[..., str]
-
-
-@pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> Refuse:
-    """Runs a command line that has to fail as it should, and gives the line on standard error."""
-
-    def call(*argv: object) -> str:
-        before = sorted(tmp_path.rglob("*"))
-        capsys.readouterr()
-        status = main([str(word) for word in argv])
-        out, err = capsys.readouterr()
-        check_refusal(status, err)
-        assert out == ""
-        assert sorted(tmp_path.rglob("*")) == before
-        return str(err)
-
-    return call
-
-
-def check_refusal(status: int, err: str) -> None:
-    assert status == 2
-    assert err.startswith("gatework: error: ")
-    assert err.count("\n") == 1, err
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -21,7 +21,7 @@ from tests.checkpoints import make_checkpoint
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-mixtral"
 PROMPT = "def read(path):\n"
-COMMANDS = ("build", "export", "generate", "verify", "bench", "inspect")
+COMMANDS = ("build", "export", "calibrate", "generate", "verify", "bench", "inspect")
 GREEDY = SamplingParams(max_tokens=12, temperature=0)
 MIXTRAL = (
     '{"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8, '
@@ -112,6 +112,8 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture) -> None:
         [],
         ["fly"],
         ["build", "x"],
+        ["calibrate", "x", "--text", "y"],
+        ["calibrate", "x", "--text", "y", "--ids", "z", "--out", "o"],
         ["verify", "x"],
         ["generate", "x"],
         ["generate", "x", "--prompt", "a", "--chat", "b"],
@@ -306,12 +308,13 @@ def test_running_an_engine_loads_no_build_tool(mute: Path) -> None:
     subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("command", ["build", "export", "verify", "inspect"])
+@pytest.mark.parametrize("command", ["build", "export", "calibrate", "verify", "inspect"])
 def test_a_missing_extra_is_named(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     rest = {"verify": ["--reference", "y"], "inspect": []}.get(command, ["--out", str(tmp_path / "out")])
+    rest += ["--text", "y"] if command == "calibrate" else []
     assert main([command, "x", *rest]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
