@@ -112,7 +112,11 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes that all canonical weights take in their stored dtypes."""
-        return sum(math.prod(weight.shape) * self.dtype(name).itemsize for name, weight in self.weights.items())
+        return sum(map(self.weight_bytes, self.weights))
+
+    def weight_bytes(self, name: str) -> int:
+        """Bytes that a canonical weight takes in its stored dtype."""
+        return math.prod(self.weights[name].shape) * self.dtype(name).itemsize
 
     def dtype(self, name: str) -> torch.dtype:
         """The stored dtype of a canonical weight."""

@@ -17,7 +17,7 @@ from gatework.plugins.moe.spec import MoEAttributes
 
 
 def moe_attributes(config: ModelConfig) -> MoEAttributes:
-    """The operator's settings for this model's feed-forward layers."""
+    """The operator's settings for this model's feed-forward layers, with dense weights."""
     assert config.moe is not None
     return MoEAttributes(top_k=config.moe.top_k, renormalize=config.moe.renormalize, activation="silu", glu="two_way")
 

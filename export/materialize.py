@@ -19,6 +19,7 @@ from gatework.export.safetensors_writer import SafetensorsWriter
 from gatework.plugins.machine import usable_cpus
 
 GRAPH, DENSE, EXPERTS = "model.onnx", "weights.safetensors", "experts.safetensors"
+EXPERT_ALIGN = 4096  # bytes, a page
 _INLINE_BYTES = 1024  # smaller constants stay in the graph file
 _PART_BYTES = 16 << 20  # of a dense weight, encoded at once
 
@@ -32,50 +33,59 @@ def write_model(model: ir.Model, checkpoint: Checkpoint, directory: Path, *, pro
     packs = list(dict.fromkeys(pack_of(value) for value in model.graph.initializers.values() if is_weight(value)))
     experts = [pack for pack in packs if len(checkpoint.weights[pack.sources[0]].shape) == 3]
     dense = [pack for pack in packs if pack not in experts]
-    tables = {
-        name: value.const_value
-        for name, value in model.graph.initializers.items()
+    tables = [
+        value
+        for value in model.graph.initializers.values()
         if value.const_value is not None and value.const_value.nbytes > _INLINE_BYTES
-    }
+    ]
     names = [GRAPH]
-    with tqdm(
-        total=checkpoint.nbytes, unit="B", unit_scale=True, desc="weights", disable=not progress, file=sys.stderr
-    ) as bar:
-        for name, group, constants, align in ((DENSE, dense, tables, 64), (EXPERTS, experts, {}, 4096)):
+    with _bar(packs, checkpoint, progress) as bar:
+        for name, group, constants, align in ((DENSE, dense, tables, 64), (EXPERTS, experts, [], EXPERT_ALIGN)):
             if group or constants:
-                _write_file(model, checkpoint, directory / name, group, constants, align, bar)
+                places = _write_file(checkpoint, directory / name, group, constants, align, bar)
+                _point_to(model.graph, directory / name, places)
                 names.append(name)
     ir.save(model, directory / GRAPH)
     return names
 
 
+def write_experts(packs: list[Pack], checkpoint: Checkpoint, path: Path, *, progress: bool = False) -> None:
+    """Write expert weights that are inputs of a graph, page-aligned for memory mapping."""
+    with _bar(packs, checkpoint, progress) as bar:
+        _write_file(checkpoint, path, packs, [], EXPERT_ALIGN, bar)
+
+
+def _bar(packs: list[Pack], checkpoint: Checkpoint, progress: bool) -> tqdm:
+    total = sum(checkpoint.weight_bytes(source) for pack in packs for source in pack.sources)
+    return tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not progress, file=sys.stderr)
+
+
 def _write_file(
-    model: ir.Model,
-    checkpoint: Checkpoint,
-    path: Path,
-    packs: list[Pack],
-    constants: dict[str, ir.TensorProtocol],
-    align: int,
-    bar: tqdm,
-) -> None:
+    checkpoint: Checkpoint, path: Path, packs: list[Pack], constants: list[ir.Value], align: int, bar: tqdm
+) -> dict[str, tuple[int, int]]:
+    """Write the outputs of packs, and constants; returns offset and length of each tensor."""
     specs = [spec for pack in packs for spec in pack.outputs]
-    for name in constants:
-        value = model.graph.initializers[name]
-        assert value.dtype is not None
-        specs.append(TensorSpec(name, TORCH_DTYPES[value.dtype], static_shape(value)))
+    for value in constants:
+        assert value.name is not None and value.dtype is not None
+        specs.append(TensorSpec(value.name, TORCH_DTYPES[value.dtype], static_shape(value)))
     with SafetensorsWriter(path, specs, align=align) as writer:
-        for name, tensor in constants.items():
-            writer.append(name, _as_torch(tensor))
+        for value in constants:
+            assert value.name is not None and value.const_value is not None
+            writer.append(value.name, _as_torch(value.const_value))
         for pack, part_bytes, encoded in _encode(checkpoint, packs):
             for spec, data in zip(pack.outputs, encoded, strict=True):
                 writer.append(spec.name, data)
             bar.update(part_bytes)
-    for spec in specs:
-        offset, length = writer.location(spec.name)
-        value = model.graph.initializers[spec.name]
-        assert value.dtype is not None
+    return {spec.name: writer.location(spec.name) for spec in specs}
+
+
+def _point_to(graph: ir.Graph, path: Path, places: dict[str, tuple[int, int]]) -> None:
+    """Let initializers read their data from a file."""
+    for name, (offset, length) in places.items():
+        value = graph.initializers[name]
+        assert value.dtype is not None and value.shape is not None
         value.const_value = ir.ExternalTensor(
-            path.name, offset, length, value.dtype, shape=ir.Shape(spec.shape), name=spec.name, base_dir=path.parent
+            path.name, offset, length, value.dtype, shape=value.shape, name=name, base_dir=path.parent
         )
 
 

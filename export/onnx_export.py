@@ -15,7 +15,8 @@ from onnxscript import optimizer
 
 from gatework.export import cache_op
 from gatework.export.config import Dtype, ModelConfig
-from gatework.export.decoder import Decoder, moe_attributes, rope_tables
+from gatework.export.decoder import Decoder, MoE, rope_tables
+from gatework.export.lower.experts import attributes_of, moe_nodes
 from gatework.export.packing import identity_pack, set_pack
 from gatework.export.repeat import repeat_last_layer
 from gatework.plugins.moe import onnx_op, torch_op
@@ -40,6 +41,9 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
     traced = replace(config, num_layers=min(config.num_layers, _TRACED_LAYERS))
     with torch.device("meta"):
         decoder = Decoder(traced, max_seq, all_logits=all_logits).to(torch_dtype).eval()
+        for module in decoder.modules():
+            if isinstance(module, MoE):
+                module.router.float()
         ids = torch.zeros(2, 5, dtype=torch.int64)
         inputs = (ids, ids.clone(), ids[:, 0].clone(), decoder.empty_cache(2))
     batch, seq = torch.export.Dim("batch", max=1024), torch.export.Dim("seq", max=max_seq)
@@ -69,10 +73,10 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
     return model
 
 
-def add_function_body(model: ir.Model, config: ModelConfig) -> None:
+def add_function_body(model: ir.Model) -> None:
     """Attach gatework::MoE's definition in standard operators, so that any ONNX runtime can run the file."""
-    if config.moe is not None:
-        function = ir.serde.deserialize_function(onnx_op.function_proto(moe_attributes(config)))
+    for node in moe_nodes(model)[:1]:  # all have the same attributes
+        function = ir.serde.deserialize_function(onnx_op.function_proto(attributes_of(node)))
         model.functions[function.identifier()] = function
 
 

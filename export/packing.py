@@ -13,6 +13,7 @@ from torch import Tensor
 _KEY = "gatework.pack"
 _DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 _DTYPES |= {torch.uint8: ir.DataType.UINT8, torch.int8: ir.DataType.INT8, torch.int64: ir.DataType.INT64}
+_DTYPES |= {torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN}
 TORCH_DTYPES = {onnx: dtype for dtype, onnx in _DTYPES.items()}
 
 
@@ -70,11 +71,17 @@ def set_pack(values: Iterable[ir.Value], pack: Pack) -> None:
         value.meta[_KEY] = pack
 
 
+def retype(value: ir.Value, spec: TensorSpec) -> None:
+    """Give a data-free initializer the dtype and shape of `spec`."""
+    value.type, value.shape = ir.TensorType(_DTYPES[spec.dtype]), ir.Shape(spec.shape)
+
+
 def add_packed(graph: ir.Graph, pack: Pack) -> list[ir.Value]:
     """Register the pack's outputs as data-free initializers of the graph."""
     values = []
     for spec in pack.outputs:
-        value = ir.Value(name=spec.name, type=ir.TensorType(_DTYPES[spec.dtype]), shape=ir.Shape(spec.shape))
+        value = ir.Value(name=spec.name)
+        retype(value, spec)
         graph.initializers[spec.name] = value
         values.append(value)
     set_pack(values, pack)

@@ -1,7 +1,10 @@
-"""Grouped weight-only quantisation to the layout of ONNX Runtime's MatMulNBits, QMoE and GatherBlockQuantized.
+"""Quantisation of weights: w = code * scale.
 
-w = (code - zero_point) * scale with zero_point = 2^(bits - 1); one float32 scale for `group` consecutive weights of a row
-(the contraction axis). Codes are unsigned bytes; with 4 bits the even column sits in the low nibble.
+`quantize_rows` writes the layout of ONNX Runtime's MatMulNBits, QMoE and GatherBlockQuantized: w = (code - zero_point) * scale
+with zero_point = 2^(bits - 1); one scale for `group` consecutive weights of a row (the contraction axis). Codes are unsigned
+bytes; with 4 bits the even column sits in the low nibble. The others have signed codes and no zero point.
+
+A scale that is stored in a narrower type is rounded to it before the codes are chosen, so that its rounding costs nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +15,13 @@ from torch.nn import functional as F
 
 # Fractions of the largest weight that may set the scale of a 4-bit group; the one with the least squared error wins.
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+FP8_LARGEST = 448.0  # of float8_e4m3fn
 _BLOCK = 1 << 18  # weights worked on at once, so that the passes over them stay in the CPU's cache
 
 
-def quantize_rows(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    rows: Tensor, bits: int, group: int, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Quantise each row in groups.
 
     Args:
@@ -23,12 +29,12 @@ def quantize_rows(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
         bits: 4 or 8.
 
     Returns:
-        codes [N, groups, group * bits / 8] uint8 and scales [N, groups] float32.
+        codes [N, groups, group * bits / 8] uint8 and scales [N, groups] in `scale_dtype`.
     """
     N, K = rows.shape
     groups = -(-K // group)
     codes = torch.empty(N, groups, group * bits // 8, dtype=torch.uint8)
-    scales = torch.empty(N, groups)
+    scales = torch.empty(N, groups, dtype=scale_dtype)
     block = max(1, _BLOCK // (groups * group))
     for start in range(0, N, block):
         part = slice(start, start + block)
@@ -37,8 +43,27 @@ def quantize_rows(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
             w = F.pad(w, (0, groups * group - K))
         w = w.reshape(-1, groups, group)
         scales[part] = _scales_int8(w) if bits == 8 else _scales_int4(w)
-        codes[part] = _pack_nibbles(_codes(w, scales[part], 4)) if bits == 4 else _codes(w, scales[part], 8)
+        stored = scales[part].float()
+        codes[part] = _pack_nibbles(_codes(w, stored, 4)) if bits == 4 else _codes(w, stored, 8)
     return codes, scales
+
+
+def quantize_int8_rows(rows: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Signed codes [N, K] int8 in [-127, 127] and one scale per row [N] of rows [N, K]."""
+    w = rows.float()
+    scales = (one_for_zero(w.abs().amax(1)) / 127).to(scale_dtype)
+    return (w / scales.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
+def quantize_fp8(w: Tensor, absmax: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Codes float8_e4m3fn in w's shape, and absmax / 448 as scales in absmax's shape, which w's has to extend."""
+    scales = (one_for_zero(absmax.float()) / FP8_LARGEST).to(scale_dtype)
+    return (w.float() / scales.float()).clamp_(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn), scales
+
+
+def one_for_zero(x: Tensor) -> Tensor:
+    """TensorRT takes positive scales only; of zeros any will do."""
+    return torch.where(x == 0, 1.0, x)
 
 
 def dequantize_rows(codes: Tensor, scales: Tensor, bits: int, columns: int) -> Tensor:

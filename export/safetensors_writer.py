@@ -17,7 +17,7 @@ from gatework.export.packing import TensorSpec
 from gatework.plugins.errors import GateworkError
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8"}
-_NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+_NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3"}
 
 
 class SafetensorsWriter:

@@ -34,9 +34,9 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code."""
-    args = _parser().parse_args(argv)
     with _cleaning_up_on_termination():
         try:
+            args = _parser().parse_args(argv)
             status: int = args.run(args)
             sys.stdout.flush()
             return status

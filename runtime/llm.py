@@ -73,6 +73,9 @@ class LLM:
         check: Check = "auto",
     ) -> None:
         self.engine = Engine.open(engine_dir, check="sizes")
+        if (target := self.engine.manifest["target"]) != "cpu":
+            fix = "build one with --target cpu"
+            raise GateworkError("this version runs CPU engines only", got=f"an engine for {target}", fix=fix)
         self.tokenizer: Tokenizer | None = load_tokenizer(self.engine.path)
         batch = self.engine.limits.max_batch if max_batch is None else max_batch
         if batch < 1:

@@ -9,12 +9,23 @@ import onnx_ir as ir
 from gatework.export.config import ModelConfig
 from gatework.export.lower.attention import to_group_query_attention
 from gatework.export.lower.embedding import to_gather_block_quantized
+from gatework.export.lower.experts import quantize_experts
 from gatework.export.lower.graph import tidy
 from gatework.export.lower.last_position import hoist_last_position
 from gatework.export.lower.linear import to_fused_matmul, to_matmul_nbits
 from gatework.export.lower.moe import to_contrib_moe
 from gatework.export.lower.norm import fuse_residual_norm
+from gatework.export.lower.products import Scales, quantize_products
+from gatework.plugins.moe.spec import WeightFormat
 
+GpuPrecision = Literal["bf16", "fp16", "fp8", "int8", "int4"]
+WEIGHT_FORMATS: dict[GpuPrecision, WeightFormat] = {
+    "bf16": "dense",
+    "fp16": "dense",
+    "fp8": "fp8_e4m3",
+    "int8": "int8",
+    "int4": "int4",
+}
 CpuPrecision = Literal["fp32", "int8", "int4"]
 BITS: dict[CpuPrecision, int | None] = {"fp32": None, "int8": 8, "int4": 4}
 
@@ -33,4 +44,22 @@ def lower_to_cpu(model: ir.Model, config: ModelConfig, precision: CpuPrecision, 
         model, _ = to_gather_block_quantized(model, bits=bits, group=group)
     model, _ = to_fused_matmul(model)
     model, _ = fuse_residual_norm(model)
+    return tidy(model)
+
+
+def lower_to_tensorrt(
+    model: ir.Model, precision: GpuPrecision, *, group: int = 0, scales: Scales | None = None
+) -> ir.Model:
+    """Rewrite a canonical graph, in place, to what TensorRT compiles; with the MoE's function body any ONNX runtime runs it.
+
+    Args:
+        group: weights that share a scale, for int4.
+        scales: of activations and weights, for int8 and fp8.
+
+    Post: products and experts are in the precision asked for; routers are float32, all else has the graph's own type.
+    """
+    model, _ = hoist_last_position(model)
+    model, _ = quantize_experts(model, WEIGHT_FORMATS[precision], group)
+    if precision == "fp8" or precision == "int8" or precision == "int4":
+        model, _ = quantize_products(model, precision, group=group, scales=scales)
     return tidy(model)

@@ -54,6 +54,11 @@ def linear_weight(node: ir.Node) -> ir.Value | None:
     return weight if is_weight(weight) else None
 
 
+def linear_users(weight: ir.Value) -> int:
+    """How many of the weight's uses are transposes that feed products."""
+    return sum(user.op_type == "Transpose" for user, _ in weight.uses())
+
+
 def replace(old: ir.Value, new: ir.Value) -> None:
     """Let every use of `old`, graph outputs included, read `new`, which takes over its name and type."""
     new.name, new.type, new.shape = old.name, old.type, old.shape

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 from gatework.export.groups import HEAD_BITS, HEAD_GROUP, PADDED_GROUP, fit_group
-from gatework.export.lower.graph import MS, Builder, linear_weight, replace
+from gatework.export.lower.graph import MS, Builder, linear_users, linear_weight, replace
 from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
 from gatework.export.quantize import quantize_rows
 
@@ -47,11 +47,6 @@ def to_matmul_nbits(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model
         return build.op("MatMulNBits", x, *quantised, domain=MS, **settings)[0]
 
     return _rewrite(model, product)
-
-
-def linear_users(weight: ir.Value) -> int:
-    """How many of the weight's uses are transposes that feed products."""
-    return sum(user.op_type == "Transpose" for user, _ in weight.uses())
 
 
 def _rewrite(

@@ -16,18 +16,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gatework.export.groups import fit_group
+from gatework.export.lower.experts import attributes_of, moe_nodes
 from gatework.export.lower.graph import MS, Builder, replace
 from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
 from gatework.export.quantize import quantize_rows
 from gatework.plugins.errors import GateworkError
-from gatework.plugins.moe.spec import DOMAIN, MoEAttributes
 
 
 def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int) -> tuple[ir.Model, bool]:
     """Rewrite every MoE node; bits None keeps float32."""
-    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    nodes = moe_nodes(model)
     for node in nodes:
-        attributes = MoEAttributes.from_onnx({name: attribute.value for name, attribute in node.attributes.items()})
+        attributes = attributes_of(node)
         assert attributes.scoring == "softmax" and attributes.activation == "silu" and attributes.glu == "two_way"
         common: dict[str, Any] = {
             "k": attributes.top_k,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 import sys
 import tempfile
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from gatework.export.targets import Target
 from gatework.plugins.errors import GateworkError
 
 # Module: what pip installs for it.
 REQUIREMENTS = {"tensorrt": "tensorrt>=10.16,<12", "tensorrt_rtx": "tensorrt-rtx>=1.7,<1.8"}
+_CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR; MINOR follows
 LIBRARY, PARSER = "libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so"
 
 
@@ -64,3 +67,52 @@ def link_rtx_library() -> None:
     (Path(links.name) / parser.name).symlink_to(parser)
     (Path(links.name) / LIBRARY).symlink_to(library)
     ctypes.CDLL(str(Path(links.name) / parser.name))
+
+
+class Compiler(NamedTuple):
+    """Which module compiles, and for which compute capability ahead of time ("SM80"); None: for the GPU at hand."""
+
+    module: str
+    sm: str | None
+    version: str
+
+
+def choose_compiler(target: Target, wanted: str | None = None) -> Compiler:
+    """The toolchain that can build for the target on this machine: the one wanted, or the first that can.
+
+    Raises GateworkError, saying what each one lacks.
+    """
+    if wanted is not None and wanted not in target.toolchains:
+        raise GateworkError(
+            f"{target.name} engines are not built by this toolchain",
+            got=wanted,
+            expected=" or ".join(target.toolchains),
+        )
+    lacks = []
+    for name in [wanted] if wanted is not None else target.toolchains:
+        if find_spec(name) is None:
+            lacks.append(f"no {name} (pip install '{REQUIREMENTS[name]}')")
+        elif name == "tensorrt" and (found := gpu_capability()) != target.capability:
+            lacks.append(f"tensorrt, but {'no GPU' if found is None else 'a GPU of SM{}{}'.format(*found)}")
+        else:
+            return Compiler(name, target.sm if name == "tensorrt_rtx" else None, version(name.replace("_", "-")))
+    expected = f"TensorRT on a GPU of {target.sm}"
+    if "tensorrt_rtx" in target.toolchains:
+        expected += ", or TensorRT-RTX on any machine"
+    raise GateworkError(f"{target.name} engines cannot be built here", got=" and ".join(lacks), expected=expected)
+
+
+def gpu_capability() -> tuple[int, int] | None:
+    """Compute capability of the first GPU, from the CUDA driver; None without driver or GPU."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    calls = (
+        lambda: cuda.cuInit(0),
+        lambda: cuda.cuDeviceGet(ctypes.byref(device), 0),
+        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device),
+        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MAJOR + 1, device),
+    )
+    return None if any(call() for call in calls) else (major.value, minor.value)

@@ -6,19 +6,40 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from gatework.runtime.commands.common import Commands, add_command, require_build_tools
-from gatework.runtime.formatting import size
+from gatework.runtime.commands.common import Commands, add_command, memory_size, require_build_tools
+from gatework.runtime.formatting import size, table
+
+if TYPE_CHECKING:
+    from gatework.export.tensorrt.preflight import Preflight
 
 _ABOUT = """
     Compile a checkpoint folder (Hugging Face, Mistral or Meta layout) into an engine directory.
     The directory appears only when it is complete.
+
+    Targets and precisions: cpu: fp32, int8, int4. a100: bf16, fp16, int8, int4. ada, rtx50, h100, h200: these and fp8.
+    a100, ada and rtx50 are built by TensorRT-RTX on any machine, or by TensorRT on such a GPU; h100 and h200 by TensorRT
+    on such a GPU. int8 and fp8 on GPUs need --calibration. GPU engines cannot be run by this version.
 """
 _EXAMPLES = """
     gatework build examples/tiny-mixtral --precision int8 --out engines/tiny
     gatework build Mixtral-8x7B-v0.1 --precision int4 --max-seq 8192 --max-batch 4 --out engines/mixtral
     gatework build examples/tiny-mixtral --precision int4 --group-size 64 --out engines/tiny --force
+    gatework build examples/tiny-mixtral --target a100 --precision bf16 --out engines/tiny-a100
+    gatework build Mixtral-8x7B-v0.1 --target a100 --precision int8 --calibration mixtral.json --out engines/mixtral-a100
 """
+_SETTINGS: tuple[str, ...] = (
+    "target",
+    "precision",
+    "max_seq",
+    "max_batch",
+    "prefill_chunk",
+    "group_size",
+    "toolchain",
+    "calibration",
+)
+_SETTINGS += ("strip_weights", "plan_only", "timing_cache", "device_memory")
 
 
 def add(commands: Commands) -> None:
@@ -27,38 +48,94 @@ def add(commands: Commands) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint folder")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="engine directory to make")
     parser.add_argument("--target", default="cpu", help="what the engine runs on (default: cpu)")
-    parser.add_argument("--precision", default="int8", help="of the weights: fp32, int8 or int4 (default: int8)")
+    parser.add_argument("--precision", default="int8", help="of the weights (default: int8)")
     parser.add_argument(
         "--max-seq", type=int, metavar="N", help="most tokens of a sequence (default: the model's context)"
     )
     parser.add_argument("--max-batch", type=int, metavar="N", help="most sequences at once (default: 8)")
     parser.add_argument("--prefill-chunk", type=int, metavar="N", help="most prompt tokens per step (default: 512)")
     parser.add_argument(
-        "--group-size", type=int, metavar="N", help="weights that share a scale (default: 256 for int8, 32 for int4)"
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="weights that share a scale (default: on CPUs 256 for int8 and 32 for int4, on GPUs 128 for int4)",
     )
     parser.add_argument("--force", action="store_true", help="replace an engine that stands at DIR")
+    parser.add_argument(
+        "--if-changed",
+        action="store_true",
+        help="do nothing if DIR is what would be built: same files, settings, tools",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+    _add_gpu_options(parser)
+
+
+def _add_gpu_options(parser: argparse.ArgumentParser) -> None:
+    gpu = parser.add_argument_group("GPU targets")
+    gpu.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="ranges of activations, from `gatework calibrate`"
+    )
+    gpu.add_argument("--toolchain", help="tensorrt or tensorrt_rtx (default: the first that can build here)")
+    gpu.add_argument(
+        "--strip-weights",
+        action="store_true",
+        default=None,
+        help="keep dense weights out of the plan, in a file beside it, for refitting",
+    )
+    gpu.add_argument(
+        "--plan-only", action="store_true", default=None, help="build the plan and leave the experts unpacked"
+    )
+    gpu.add_argument("--timing-cache", type=Path, metavar="FILE", help="kernel timings to reuse and to add to")
+    gpu.add_argument("--device-memory", type=memory_size, metavar="SIZE", help="such as 40GiB (default: the target's)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Build, and say how large and how long."""
     require_build_tools("gatework build")
+    from gatework.export.options import BuildOptions
+    from gatework.export.uptodate import is_current
+
+    settings: dict[str, Any] = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    if args.if_changed and is_current(args.checkpoint, args.out, BuildOptions(**settings)):
+        if not args.quiet:
+            print(f"{args.out} is up to date")
+        return 0
     from gatework.export.build import build_engine
 
-    names = ("max_seq", "max_batch", "prefill_chunk", "group_size")
-    limits = {name: value for name in names if (value := getattr(args, name)) is not None}
     start = time.perf_counter()
     out = build_engine(
         args.checkpoint,
         args.out,
-        target=args.target,
-        precision=args.precision,
         force=args.force,
         progress=not args.quiet and sys.stderr.isatty(),
-        **limits,
+        report=None if args.quiet else _report,
+        **settings,
     )
     if not args.quiet:
         total = sum(file.stat().st_size for file in out.iterdir())
         seconds = time.perf_counter() - start
         print(f"built {out}: {args.precision} for {args.target}, {size(total)}, in {seconds:.1f} s")
     return 0
+
+
+def _report(found: Preflight) -> None:
+    """What is going to be built, before the work begins."""
+    options, config, compiler = found.options, found.config, found.compiler
+    experts = "packed beside the plan"
+    if options.plan_only:
+        experts = "left unpacked"
+    where = f"for {compiler.sm}, ahead of time" if compiler.sm else "for the GPU at hand"
+    ranges = f"from {options.calibration}" if options.calibration else "none"
+    if options.plan_only and options.precision in ("int8", "fp8") and options.calibration is None:
+        ranges = "placeholders: this plan's numbers mean nothing"
+    rows = [
+        ("target", options.target, f"{compiler.module} {compiler.version}, {where}"),
+        ("precision", options.precision, f"activation ranges: {ranges}"),
+        ("layers", f"{config.num_layers}", f"{config.num_layers if config.moe else 0} MoE plugins"),
+        ("plan", size(found.plan), "left out: stripped" if options.strip_weights else "dense weights, without kernels"),
+        ("experts", size(found.experts), experts if config.moe else "none"),
+        ("KV cache", size(found.kv_cache), f"{options.max_batch} sequences of {options.max_seq:,} positions"),
+        ("scratch", size(found.scratch), f"steps of {max(options.prefill_chunk, options.max_batch)} tokens"),
+        ("in all", size(found.needed), f"of {size(found.memory)}: {'fits' if found.fits else 'DOES NOT FIT'}"),
+    ]
+    print(table(rows, "<><"), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import textwrap
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from typing import TypeAlias
 from gatework.plugins.errors import GateworkError
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 _BUILD_TOOLS = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "ml_dtypes", "tqdm")
 
 
@@ -47,6 +49,15 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise GateworkError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def memory_size(word: str) -> int:
+    """Bytes of "24GiB" or "80GB"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", word.strip(), re.IGNORECASE | re.ASCII)
+    if match is None:
+        raise GateworkError("this memory size cannot be read", got=repr(word), expected="a size such as 24GiB or 80GB")
+    number, unit, binary = match.groups()
+    return round(float(number) * (1024 if binary else 1000) ** _UNITS[unit.upper()])
 
 
 def require_build_tools(what: str) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gatework.plugins import engine_format
-from gatework.plugins.errors import GateworkError
-from gatework.runtime.commands.common import Commands, add_command, require_build_tools
+from gatework.runtime.commands.common import Commands, add_command, memory_size, require_build_tools
 from gatework.runtime.formatting import size, table
 
 if TYPE_CHECKING:
@@ -29,7 +27,6 @@ _EXAMPLES = """
     gatework inspect engines/tiny --json
 """
 _DEFAULT_SIZES = "16GiB,24GiB,32GiB,48GiB,80GiB,141GB"
-_UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.index.json")
 
 
@@ -50,21 +47,12 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Inspect, and print."""
-    memories = {word.strip(): _parse_size(word) for word in args.fits.split(",")}
+    memories = {word.strip(): memory_size(word) for word in args.fits.split(",")}
     is_engine = (args.path / engine_format.MANIFEST).is_file()
     config, facts = _read_engine(args.path) if is_engine else _read_checkpoint(args.path)
     facts |= _sizes(config, facts.get("engine"), memories)
     print(json.dumps(facts) if args.json else _text(args.path, config, facts))
     return 0
-
-
-def _parse_size(word: str) -> int:
-    """Bytes of "24GiB" or "80GB"."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", word.strip(), re.IGNORECASE | re.ASCII)
-    if match is None:
-        raise GateworkError("this memory size cannot be read", got=repr(word), expected="a size such as 24GiB or 80GB")
-    number, unit, binary = match.groups()
-    return round(float(number) * (1024 if binary else 1000) ** _UNITS[unit.upper()])
 
 
 def _read_engine(path: Path) -> tuple[ModelConfig, dict[str, Any]]:

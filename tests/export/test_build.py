@@ -140,7 +140,7 @@ def test_force_replaces_an_engine_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "h100", "precision": "fp8"}, "cpu: fp32"),
+        ({"target": "v100", "precision": "fp8"}, "cpu: fp32"),
         ({"precision": "fp8"}, "cpu: fp32"),
         ({"group_size": 48}, "group size"),
         ({"max_seq": 65}, "max_seq"),

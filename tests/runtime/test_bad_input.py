@@ -145,7 +145,7 @@ def test_folder_without_a_model(refused: Refuse, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--precision", "fp8"], "got cpu fp8; expected cpu: fp32|int8|int4"),
-        (["--target", "h100"], "got h100 int8; expected cpu: fp32|int8|int4"),
+        (["--target", "v100"], "got v100 int8; expected cpu: fp32|int8|int4"),
         (["--max-seq", "65"], "max_seq is out of range; got 65; expected 1 to 64"),
         (["--max-batch", "0"], "max_batch is not positive"),
         (["--group-size", "48"], "group size cannot be used; got 48"),

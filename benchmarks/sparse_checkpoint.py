@@ -1,0 +1,105 @@
+"""Makes a checkpoint with a public model's true shapes and shards in kilobytes of disk: its weights are holes, read as zeros.
+
+    python benchmarks/sparse_checkpoint.py mixtral-8x7b build/bench/sparse-mixtral
+
+For measuring builds at full size. The configs are those of the public releases; no weights are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from gatework.export.families import FAMILIES
+
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "dtype": "bfloat16",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+DBRX = {
+    "architectures": ["DbrxForCausalLM"],
+    "model_type": "dbrx",
+    "dtype": "bfloat16",
+    "d_model": 6144,
+    "n_heads": 48,
+    "n_layers": 40,
+    "max_seq_len": 32768,
+    "vocab_size": 100352,
+    "tie_word_embeddings": False,
+    "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000},
+    "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+}
+MODELS: dict[str, tuple[dict[str, Any], int]] = {  # config, shards of the public release
+    "mixtral-8x7b": (MIXTRAL, 19),
+    "dbrx": (DBRX, 61),
+}
+
+
+def make(model: str, directory: Path) -> None:
+    """Write config.json, the shards and their index."""
+    config, count = MODELS[model]
+    family = FAMILIES[config["model_type"]]
+    weights = family.weight_map(family.read_config(config))
+    shapes = {piece.name: piece.shape for weight in weights.values() for piece in weight.pieces}
+    total = sum(2 * math.prod(shape) for shape in shapes.values())
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    shards: list[dict[str, tuple[int, ...]]] = [{} for _ in range(count)]
+    done = 0
+    for name, shape in shapes.items():
+        shards[min(done * count // total, count - 1)][name] = shape
+        done += 2 * math.prod(shape)
+    index = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{count:05d}.safetensors"
+        write_sparse(directory / name, shard)
+        index |= dict.fromkeys(shard, name)
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
+    (directory / "model.safetensors.index.json").write_text(text)
+
+
+def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A safetensors file of bfloat16 tensors whose data is one hole."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    blob = json.dumps(header).encode()
+    blob += b" " * (-len(blob) % 8)
+    with path.open("wb") as file:
+        file.write(len(blob).to_bytes(8, "little") + blob)
+        file.truncate(8 + len(blob) + end)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("directory", type=Path)
+    args = parser.parse_args()
+    make(args.model, args.directory)
+    print(f"wrote {args.directory}")
+
+
+if __name__ == "__main__":
+    main()

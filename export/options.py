@@ -1,0 +1,76 @@
+"""BuildOptions: what an engine is to be, checked before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gatework.export.config import ModelConfig
+from gatework.export.groups import DEFAULT_GROUPS, GPU_GROUPS, GROUP_SIZES
+from gatework.export.targets import Target, target_for
+from gatework.plugins.errors import GateworkError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """Target, precision and limits of an engine.
+
+    max_seq: S_max, cache positions per sequence, prompt and output together; None: the model's own context length.
+    max_batch: sequences decoded at once. prefill_chunk: most prompt tokens in one step.
+    group_size: weights that share a scale, at most, a power of two from 16 to 256; a matrix whose rows it does not divide takes
+    the largest size that does. None: 256 for int8 on CPUs, 32 for int4 there and 128 on GPUs, where int8 has one scale per row.
+
+    For GPUs only. toolchain: None chooses. calibration: file that holds the activations' ranges. strip_weights: leave the dense
+    weights out of the plan. plan_only: leave the experts unpacked; the engine cannot run. timing_cache: file shared by builds.
+    device_memory: bytes; None: the target's.
+    """
+
+    target: str
+    precision: str
+    max_seq: int | None = None
+    max_batch: int = 8
+    prefill_chunk: int = 512
+    group_size: int | None = None
+    toolchain: str | None = None
+    calibration: Path | None = None
+    strip_weights: bool = False
+    plan_only: bool = False
+    timing_cache: Path | None = None
+    device_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        target = target_for(self.target, self.precision)
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            raise GateworkError("group size cannot be used", got=self.group_size, expected="16, 32, 64, 128 or 256")
+        for name in ("max_batch", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise GateworkError(f"{name} is not positive", got=getattr(self, name), expected="at least 1")
+        if target.capability is None:
+            for name in ("toolchain", "calibration", "strip_weights", "plan_only", "timing_cache", "device_memory"):
+                if getattr(self, name):
+                    raise GateworkError(f"{name} is for GPU targets", got=f"target {self.target}", fix="leave it out")
+
+    @property
+    def device(self) -> Target:
+        """The target's entry in the table."""
+        return target_for(self.target, self.precision)
+
+    @property
+    def group(self) -> int:
+        """The group size to use; 0 where the precision has none."""
+        defaults = DEFAULT_GROUPS if self.device.capability is None else GPU_GROUPS
+        return self.group_size or defaults.get(self.precision, 0)
+
+    def fitted_to(self, config: ModelConfig) -> BuildOptions:
+        """The same with limits that the model has: max_seq is set, and prefill_chunk at most that."""
+        length = fit_length(config, self.max_seq)
+        return replace(self, max_seq=length, prefill_chunk=min(self.prefill_chunk, length))
+
+
+def fit_length(config: ModelConfig, max_seq: int | None) -> int:
+    """The cache length asked for, or the model's own."""
+    context = config.max_position_embeddings
+    length = context if max_seq is None else max_seq
+    if not 1 <= length <= context:
+        raise GateworkError("max_seq is out of range", got=length, expected=f"1 to {context}, the model's context")
+    return length

@@ -1,0 +1,82 @@
+"""Writing a folder complete or not at all."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gatework.plugins import engine_format
+from gatework.plugins.errors import GateworkError
+
+_PARTIAL = ".partial"
+_SETTLED = 60  # seconds after which a folder's maker has surely locked it
+
+
+@contextmanager
+def new_directory(out: Path, force: bool) -> Iterator[Path]:
+    """A temporary sibling of `out` that takes its place when the block ends well, and is removed when it does not."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise GateworkError(f"{out} is in the way", got="a file or link", expected="a folder to make")
+    if out.exists() and any(out.iterdir()):
+        ours = (out / engine_format.MANIFEST).is_file() or (out / "model.onnx").is_file()
+        if not (force and ours):
+            fix = "pass --force to replace it" if ours else "choose another --out"
+            raise GateworkError(f"{out} exists and is not empty", fix=fix)
+    made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]  # innermost first
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=_PARTIAL, dir=out.parent))
+    except OSError as error:
+        raise GateworkError(f"cannot write to {out.parent}", got=error.strerror, fix="choose another --out") from None
+    lock = _lock(staging)
+    try:
+        staging.chmod(0o755)
+        yield staging
+        if out.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+            out.rename(retired / out.name)
+            staging.rename(out)
+            shutil.rmtree(retired)
+        else:
+            staging.rename(out)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):  # somebody else may use them by now
+            for folder in made:
+                folder.rmdir()
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Delete what killed builds of `out` left: folders that nobody holds the lock of, and that are not brand-new."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.*{_PARTIAL}"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _SETTLED and (lock := _lock(folder)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A file descriptor that holds the folder's lock until it is closed or the process ends; None if another has it."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

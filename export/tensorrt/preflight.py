@@ -1,0 +1,150 @@
+"""What a GPU build is going to make, known before any work: sizes on disk and in the device's memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from gatework.export.config import ModelConfig
+from gatework.export.decoder import moe_attributes
+from gatework.export.groups import fit_group
+from gatework.export.lower import WEIGHT_FORMATS
+from gatework.export.lower.experts import with_format
+from gatework.export.options import BuildOptions
+from gatework.export.targets import TARGETS
+from gatework.export.tensorrt.toolchain import Compiler
+from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe.spec import MoESizes
+from gatework.plugins.moe.workspace import layout
+
+_ACTIVATION = 2  # bytes of bfloat16 and float16
+_ROPE_TABLES = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preflight:
+    """Bytes, but for the names.
+
+    plan: dense weights and tables; its kernels come on top, a few megabytes. experts: their weights and scales.
+    kv_cache: of max_batch sequences of max_seq positions. scratch: the largest workspace of a MoE layer, hidden states and
+    logits, as estimated. memory: of the device.
+    """
+
+    config: ModelConfig
+    options: BuildOptions
+    compiler: Compiler
+    plan: int
+    experts: int
+    kv_cache: int
+    scratch: int
+    memory: int
+
+    @property
+    def needed(self) -> int:
+        """Bytes in use on the device when the engine is full."""
+        return self.plan + self.experts + self.kv_cache + self.scratch
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device holds it."""
+        return self.needed <= self.memory
+
+
+def preflight(config: ModelConfig, options: BuildOptions, compiler: Compiler) -> Preflight:
+    """Sizes of a build, from the model's description alone.
+
+    Raises GateworkError, naming what would fit, when the device cannot hold the engine; a build of the plan only goes on.
+    """
+    found = _measure(config, options, compiler)
+    if not (found.fits or options.plan_only):
+        device = f"{options.target}'s {found.memory / 1e9:,.1f} GB"
+        raise GateworkError(
+            f"the engine does not fit {device}",
+            got=f"{found.needed / 1e9:,.1f} GB: weights {(found.plan + found.experts) / 1e9:,.1f}, KV cache "
+            f"{found.kv_cache / 1e9:,.1f} for {options.max_batch} sequences of {options.max_seq}",
+            fix=_alternatives(config, options, compiler),
+        )
+    return found
+
+
+def _measure(config: ModelConfig, options: BuildOptions, compiler: Compiler) -> Preflight:
+    assert options.max_seq is not None and options.device.memory is not None
+    dense, experts = weight_bytes(config, options.precision, options.group)
+    tables = _ROPE_TABLES * options.max_seq * config.head_dim // 2 * _ACTIVATION
+    return Preflight(
+        config=config,
+        options=options,
+        compiler=compiler,
+        plan=dense + tables,
+        experts=experts,
+        kv_cache=options.max_batch * options.max_seq * config.kv_bytes_per_token(_ACTIVATION),
+        scratch=_scratch(config, options),
+        memory=options.device_memory or options.device.memory,
+    )
+
+
+def weight_bytes(config: ModelConfig, precision: str, group: int) -> tuple[int, int]:
+    """Bytes of (dense weights, expert weights) as a GPU engine of that precision stores them, scales included."""
+    dense = experts = 0
+    shapes = config.tensor_shapes()
+    if config.tie_embeddings and precision not in ("bf16", "fp16"):
+        shapes["lm_head.weight"] = shapes["embed.weight"]  # a quantised copy
+    for name, shape in shapes.items():
+        if ".moe.w_" in name:
+            experts += _expert_bytes(shape, precision, group)
+        else:
+            dense += _dense_bytes(name, shape, precision, group)
+    return dense, experts
+
+
+def _expert_bytes(shape: tuple[int, ...], precision: str, group: int) -> int:
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    match precision:
+        case "fp8" | "int8":
+            return rows * (columns + 4)
+        case "int4":
+            return rows * (-(-columns // 2) + 4 * -(-columns // group))
+    return 2 * rows * columns
+
+
+def _dense_bytes(name: str, shape: tuple[int, ...], precision: str, group: int) -> int:
+    if ".router." in name:
+        return 4 * math.prod(shape)
+    if len(shape) == 1 or name.startswith("embed.") or precision in ("bf16", "fp16"):
+        return _ACTIVATION * math.prod(shape)
+    rows, columns = shape
+    size = fit_group(columns, group) if precision == "int4" and name != "lm_head.weight" else None
+    if size is not None:
+        return rows * (columns // 2 + _ACTIVATION * columns // size)
+    return rows * (columns + (_ACTIVATION if precision != "fp8" else 0))
+
+
+def _scratch(config: ModelConfig, options: BuildOptions) -> int:
+    tokens = max(options.prefill_chunk, options.max_batch)
+    widest = max(config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
+    total = 4 * tokens * widest * _ACTIVATION + 4 * options.max_batch * config.vocab_size
+    if config.moe is None:
+        return total + 3 * tokens * config.intermediate_size * _ACTIVATION
+    sizes = MoESizes(tokens, config.hidden_size, config.moe.num_experts, config.intermediate_size)
+    weight_format = WEIGHT_FORMATS[options.precision]  # type: ignore[index]
+    attributes = with_format(moe_attributes(config), weight_format, options.group)
+    return total + layout(sizes, attributes, _ACTIVATION).total
+
+
+def _alternatives(config: ModelConfig, options: BuildOptions, compiler: Compiler) -> str:
+    """What the user could change, one thing at a time."""
+
+    def fits(**changes: object) -> bool:
+        return _measure(config, replace(options, **changes), compiler).fits  # type: ignore[arg-type]
+
+    words = []
+    lengths = (length for length in (1 << n for n in range(20, 6, -1)) if length < (options.max_seq or 0))
+    if (length := next((length for length in lengths if fits(max_seq=length)), None)) is not None:
+        words.append(f"--max-seq {length}")
+    batches = (batch for batch in (1 << n for n in range(12, -1, -1)) if batch < options.max_batch)
+    if (batch := next((batch for batch in batches if fits(max_batch=batch)), None)) is not None:
+        words.append(f"--max-batch {batch}")
+    words += [f"--precision {each}" for each in options.device.precisions if fits(precision=each, calibration=None)]
+    others = (name for name, target in TARGETS.items() if options.precision in target.precisions and target.capability)
+    words += [f"--target {name}" for name in others if name != options.target and fits(target=name, device_memory=None)]
+    return " or ".join(words) or "use a smaller model, or --plan-only for the plan alone"

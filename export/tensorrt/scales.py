@@ -1,0 +1,55 @@
+"""Static scales of a plan's dense products, from a calibration and the checkpoint's own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gatework.export.calibration import Calibration
+from gatework.export.checkpoint import Checkpoint
+from gatework.export.lower.products import LARGEST
+from gatework.export.options import BuildOptions
+from gatework.plugins.errors import GateworkError
+
+
+@dataclass(frozen=True)
+class StaticScales:
+    """The `Scales` that `lower_to_tensorrt` asks for.
+
+    calibration: None gives every activation the range 1: good for the size and shape of a plan, useless for its numbers.
+    """
+
+    checkpoint: Checkpoint
+    calibration: Calibration | None
+
+    @cached_property
+    def smooth(self) -> Mapping[str, Tensor]:
+        """Factors [D] float32 by norm weight."""
+        found = self.calibration.smooth if self.calibration is not None else {}
+        return {name: torch.tensor(factors) for name, factors in found.items()}
+
+    def activation(self, product: str, largest: float) -> float:
+        """The calibrated scale of a product's input."""
+        return self.calibration.scale(product, largest) if self.calibration is not None else 1 / largest
+
+    def weight_absmax(self, weight: str, factors: Tensor | None) -> float:
+        """Largest magnitude of a weight, its columns multiplied by `factors`; reads it once, part by part."""
+        parts = (part.float() for part in self.checkpoint.parts(weight))
+        return max(float((part if factors is None else part * factors).abs().max()) for part in parts)
+
+
+def load_scales(checkpoint: Checkpoint, options: BuildOptions) -> StaticScales:
+    """Read the calibration that the options name.
+
+    Raises GateworkError when a precision with static scales has none, unless only a plan is wanted.
+    """
+    if options.calibration is not None:
+        return StaticScales(checkpoint, Calibration.load(options.calibration, checkpoint))
+    if options.precision in LARGEST and not options.plan_only:
+        fix = f"gatework calibrate {checkpoint.path} --text FILE --out calibration.json, then --calibration calibration.json"
+        raise GateworkError(f"{options.precision} on {options.target} needs the ranges of activations", fix=fix)
+    return StaticScales(checkpoint, None)

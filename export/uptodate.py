@@ -1,0 +1,54 @@
+"""Whether an engine is what a build would make again: the same files, settings and tools. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gatework.export.options import BuildOptions
+from gatework.export.tensorrt.toolchain import choose_compiler
+from gatework.plugins import engine_format
+
+TOOLS = ("gatework", "torch", "onnx", "onnxscript", "onnx-ir")
+
+
+def tool_versions(options: BuildOptions) -> dict[str, str]:
+    """Versions of all that takes part in a build, the compiler that would be chosen on this machine included."""
+    tools = {tool: version(tool) for tool in TOOLS}
+    if options.device.capability is None:
+        return tools | {"onnxruntime": version("onnxruntime")}
+    compiler = choose_compiler(options.device, options.toolchain)
+    return tools | {compiler.module: compiler.version}
+
+
+def build_inputs(source: Path, options: BuildOptions) -> dict[str, Any]:
+    """What decides an engine's content, for its manifest: settings, and size and time of every file read.
+
+    Like make, it takes a file for changed when its time of modification is another.
+    """
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    if options.calibration is not None:
+        files.append(options.calibration)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    del settings["timing_cache"]  # changes how long a build takes
+    return {"settings": settings, "files": {str(path.resolve()): _stamp(path) for path in files}}
+
+
+def is_current(source: Path, out: Path, options: BuildOptions) -> bool:
+    """Whether `out` holds a whole engine made from these inputs with these tools."""
+    try:
+        manifest = json.loads((out / engine_format.MANIFEST).read_text())
+        sizes = {name: (out / name).stat().st_size for name in manifest["files"]}
+        same_files = sizes == {name: facts["size"] for name, facts in manifest["files"].items()}
+        same_tools = manifest["toolchain"] == tool_versions(options)
+        return same_files and same_tools and manifest.get("inputs") == build_inputs(source, options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # no engine, or one that cannot be read
+
+
+def _stamp(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]

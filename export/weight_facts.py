@@ -1,0 +1,39 @@
+"""What an engine's manifest says of its weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import onnx_ir as ir
+
+from gatework.export.config import ModelConfig
+from gatework.export.packing import TensorSpec, is_weight, pack_of
+
+
+def weight_facts(model: ir.Model, config: ModelConfig) -> dict[str, Any]:
+    """The tensor table, and weight bytes: in all, and read for one decoded token (chosen experts, one embedding row)."""
+    tensors, total, per_token = {}, 0, 0.0
+    for value in model.graph.initializers.values():
+        if not is_weight(value):
+            continue
+        spec = next(spec for spec in pack_of(value).outputs if spec.name == value.name)
+        nbytes = _nbytes(spec)
+        tensors[spec.name] = {"dtype": str(spec.dtype).removeprefix("torch."), "shape": list(spec.shape)}
+        total += nbytes
+        share = 1.0
+        if ".moe.w_" in spec.name and config.moe is not None:
+            share = config.moe.top_k / config.moe.num_experts
+        elif spec.name.startswith("embed.") and not _feeds_product(value):
+            share = 1 / config.vocab_size
+        per_token += nbytes * share
+    return {"weight_bytes": {"total": total, "per_token": round(per_token)}, "tensors": tensors}
+
+
+def _nbytes(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * spec.dtype.itemsize
+
+
+def _feeds_product(value: ir.Value) -> bool:
+    """Whether an embedding table is the output head as well."""
+    return any(user.op_type == "Transpose" or "MatMul" in user.op_type for user, _ in value.uses())
