@@ -7,7 +7,13 @@ TORCH_INDEX ?=
 MODEL       ?= examples/tiny-mixtral
 TARGET      ?= cpu
 PRECISION   ?= int8
-ENGINE      ?= build/engines/$(notdir $(MODEL:/=))-$(TARGET)-$(PRECISION)
+FLAGS       ?=
+NAME        := $(notdir $(MODEL:/=))
+ENGINE      ?= build/engines/$(NAME)-$(TARGET)-$(PRECISION)
+# Engines for GPUs in int8 and fp8 need the ranges of activations, which are measured over this text.
+CALIBRATION ?= build/calibrations/$(NAME).json
+CALIBRATION_TEXT ?= $(MODEL)/calibration.txt
+ENGINES     ?= examples/engines.txt
 PROMPT      ?= def read_lines(path, encoding=None):
 SAMPLING    ?= --temperature 0.5 --top-p 0.9 --repetition-penalty 1.1 --seed 1
 TEXT        ?= $(MODEL)/heldout.txt
@@ -25,7 +31,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo engine bench test lint format typecheck ci wheel clean
+.PHONY: help setup demo engine engines bench test lint format typecheck ci wheel clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,8 +51,24 @@ demo: engine ## Build an int8 engine from the bundled checkpoint, generate with 
 	$(BIN)/gatework bench $(ENGINE)
 	$(BIN)/gatework verify $(ENGINE) --reference $(MODEL) --text $(TEXT)
 
-engine: $(READY) ## Build an engine: make engine MODEL=path/to/checkpoint TARGET=cpu PRECISION=int8
-	$(BIN)/gatework build $(MODEL) --target $(TARGET) --precision $(PRECISION) --out $(ENGINE) --force
+ifneq ($(filter int8 fp8,$(if $(filter cpu,$(TARGET)),,$(PRECISION))),)
+RANGES      := $(CALIBRATION)
+endif
+
+engine: $(READY) $(RANGES) ## Build an engine, if anything changed: make engine MODEL=path/to/checkpoint TARGET=a100 PRECISION=int8
+	$(strip $(BIN)/gatework build $(MODEL) --target $(TARGET) --precision $(PRECISION) --out $(ENGINE) --force --if-changed \
+	    $(addprefix --calibration ,$(RANGES)) $(FLAGS))
+
+$(CALIBRATION): $(wildcard $(MODEL)/*) | $(READY)
+	@mkdir -p $(@D)
+	$(BIN)/gatework calibrate $(MODEL) --text $(CALIBRATION_TEXT) --out $@ --force
+
+# One target a line, so that make -j builds them side by side.
+ENGINE_LINES := $(shell grep -nv -e '^ *\#' -e '^ *$$' $(ENGINES) 2>/dev/null | cut -d: -f1)
+engines: $(ENGINE_LINES:%=.engine-%) ## Build the engines listed in ENGINES=examples/engines.txt, if anything changed
+.engine-%: $(READY)
+	@set -f; set -- $$(sed -n '$*p' $(ENGINES)); model=$$1; target=$$2; precision=$$3; shift 3; \
+	    $(MAKE) engine MODEL=$$model TARGET=$$target PRECISION=$$precision FLAGS="$$*"
 
 bench: engine ## Measure the engine of MODEL, TARGET and PRECISION
 	$(BIN)/gatework bench $(ENGINE)

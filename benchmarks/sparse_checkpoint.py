@@ -2,7 +2,9 @@
 
     python benchmarks/sparse_checkpoint.py mixtral-8x7b build/bench/sparse-mixtral
 
-For measuring builds at full size. The configs are those of the public releases; no weights are.
+For measuring builds at full size. The configs are those of the public releases; no weights are. TensorRT stores equal
+constants once, so a plan of zeros is smaller than a real one: --dense fills all but the experts with random numbers, which takes
+gigabytes, and makes the plan as large as that of real weights.
 """
 
 from __future__ import annotations
@@ -10,8 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from gatework.export.families import FAMILIES
 
@@ -55,8 +60,8 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {  # config, shards of the publi
 }
 
 
-def make(model: str, directory: Path) -> None:
-    """Write config.json, the shards and their index."""
+def make(model: str, directory: Path, *, dense: bool = False) -> None:
+    """Write config.json, the shards and their index; with `dense`, numbers in place of the holes outside the experts."""
     config, count = MODELS[model]
     family = FAMILIES[config["model_type"]]
     weights = family.weight_map(family.read_config(config))
@@ -69,18 +74,20 @@ def make(model: str, directory: Path) -> None:
     for name, shape in shapes.items():
         shards[min(done * count // total, count - 1)][name] = shape
         done += 2 * math.prod(shape)
+    numbers = torch.randn(1 << 25, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     index = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{count:05d}.safetensors"
-        write_sparse(directory / name, shard)
+        write_sparse(directory / name, shard, numbers if dense else None)
         index |= dict.fromkeys(shard, name)
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
     (directory / "model.safetensors.index.json").write_text(text)
 
 
-def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """A safetensors file of bfloat16 tensors whose data is one hole."""
-    header, end = {}, 0
+def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]], numbers: torch.Tensor | None) -> None:
+    """A safetensors file of bfloat16 tensors whose data is one hole, or outside the experts made of `numbers`."""
+    header: dict[str, dict[str, Any]] = {}
+    end = 0
     for name, shape in shapes.items():
         size = 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
@@ -90,14 +97,24 @@ def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     with path.open("wb") as file:
         file.write(len(blob).to_bytes(8, "little") + blob)
         file.truncate(8 + len(blob) + end)
+        for name, entry in header.items() if numbers is not None else ():
+            if "experts" in name:
+                continue
+            start, stop = entry["data_offsets"]
+            shift = zlib.crc32(name.encode()) % len(numbers)  # no two tensors alike
+            data = numbers.roll(shift).view(torch.uint8).numpy().tobytes()
+            file.seek(8 + len(blob) + start)
+            while start < stop:
+                start += file.write(data[: stop - start])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--dense", action="store_true", help="random numbers outside the experts")
     args = parser.parse_args()
-    make(args.model, args.directory)
+    make(args.model, args.directory, dense=args.dense)
     print(f"wrote {args.directory}")
 
 

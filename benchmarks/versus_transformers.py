@@ -1,6 +1,6 @@
 """An engine against transformers (bfloat16) on the same checkpoint, turn by turn in one run.
 
-    python benchmarks/versus_transformers.py build/bench/random-mixtral build/bench/random-mixtral-int8
+    python benchmarks/versus_transformers.py build/bench/random-mixtral build/bench/random-mixtral-cpu-int8
 
 Each round measures prefill and decode of one side, then of the other, so that a machine's drift hits both; the ratios are
 medians over rounds. transformers runs as it comes: grouped_mm experts, sdpa attention, dynamic cache. Ends with one JSON line.

@@ -62,23 +62,39 @@ def build_engine(
             names, facts = _compile_cpu(checkpoint, directory, options, progress)
         else:
             names, facts = compile_tensorrt(checkpoint, directory, options, compiler, scales, progress=progress)
-        names += _copy_tokenizer(checkpoint.path, directory)
-        manifest = {
-            "format_version": engine_format.FORMAT_VERSION,
-            "gatework_version": version("gatework"),
-            "target": options.target,
-            "precision": options.precision,
-            "model": checkpoint.config.to_dict(),
-            "limits": {name: getattr(options, name) for name in ("max_batch", "max_seq", "prefill_chunk")},
-            "toolchain": tools,
-            "plugin_version": PLUGIN_VERSION,
-            "checkpoint": _checkpoint_facts(checkpoint),
-            "inputs": inputs,
-            **facts,
-            "files": engine_format.file_table(directory, names),
-        }
-        (directory / engine_format.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        finish_engine(directory, names, checkpoint, options, inputs, tools, facts)
     return Path(out)
+
+
+def finish_engine(
+    directory: Path,
+    names: list[str],
+    checkpoint: Checkpoint,
+    options: BuildOptions,
+    inputs: dict[str, Any],
+    tools: dict[str, str],
+    facts: dict[str, Any],
+) -> None:
+    """Add the tokenizer's files and the manifest to the files `names` of a folder.
+
+    inputs: see `build_inputs`. tools: versions. facts: see `weight_facts`.
+    """
+    names = names + _copy_tokenizer(checkpoint.path, directory)
+    manifest = {
+        "format_version": engine_format.FORMAT_VERSION,
+        "gatework_version": version("gatework"),
+        "target": options.target,
+        "precision": options.precision,
+        "model": checkpoint.config.to_dict(),
+        "limits": {name: getattr(options, name) for name in ("max_batch", "max_seq", "prefill_chunk")},
+        "toolchain": tools,
+        "plugin_version": PLUGIN_VERSION,
+        "checkpoint": _checkpoint_facts(checkpoint),
+        "inputs": inputs,
+        **facts,
+        "files": engine_format.file_table(directory, names),
+    }
+    (directory / engine_format.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def _compile_cpu(

@@ -20,13 +20,14 @@ _BLOCK = 1 << 18  # weights worked on at once, so that the passes over them stay
 
 
 def quantize_rows(
-    rows: Tensor, bits: int, group: int, scale_dtype: torch.dtype = torch.float32
+    rows: Tensor, bits: int, group: int, scale_dtype: torch.dtype = torch.float32, *, positive: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Quantise each row in groups.
 
     Args:
         rows: [N, K] float; the last group is padded with zeros when group does not divide K.
         bits: 4 or 8.
+        positive: no scale of a 4-bit group is negative, which costs a little precision; scales of 8-bit groups never are.
 
     Returns:
         codes [N, groups, group * bits / 8] uint8 and scales [N, groups] in `scale_dtype`.
@@ -42,7 +43,7 @@ def quantize_rows(
         if K % group:
             w = F.pad(w, (0, groups * group - K))
         w = w.reshape(-1, groups, group)
-        scales[part] = _scales_int8(w) if bits == 8 else _scales_int4(w)
+        scales[part] = _scales_int8(w) if bits == 8 else _scales_int4(w, positive)
         stored = scales[part].float()
         codes[part] = _pack_nibbles(_codes(w, stored, 4)) if bits == 4 else _codes(w, stored, 8)
     return codes, scales
@@ -94,14 +95,18 @@ def _scales_int8(w: Tensor) -> Tensor:
     return w.abs().amax(-1) / 127
 
 
-def _scales_int4(w: Tensor) -> Tensor:
-    """The largest weight lands on -8, the code with no positive twin; shrunken scales clip it when that costs less."""
+def _scales_int4(w: Tensor, positive: bool) -> Tensor:
+    """The largest weight lands on -8, the code with no positive twin; shrunken scales clip it when that costs less.
+
+    The scale's sign is free for that, unless it has to be positive: then the largest weight lands on 7 or -7.
+    """
     high, low = w.amax(-1), w.amin(-1)
     peak = torch.where(high > -low, high, low)
+    code = torch.where(peak > 0, 7, -7) if positive else -8
     best = torch.zeros_like(peak)
     least = torch.full_like(peak, torch.inf)
     for shrink in _SHRINK:
-        scales = peak * (shrink / -8)
+        scales = peak * shrink / code
         error = _rounded(w, scales, 4).mul_(scales[..., None]).sub_(w).square_().sum(-1)
         better = error < least
         best, least = torch.where(better, scales, best), torch.where(better, error, least)

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from types import FrameType
 
 from gatework.plugins.errors import GateworkError
-from gatework.runtime.commands import bench, build, calibrate, export, generate, inspect, verify
+from gatework.runtime.commands import bench, build, calibrate, export, generate, inspect, refit, verify
 
 _EXAMPLES = """\
 examples:
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-V", "--version", action="version", version=f"gatework {version('gatework')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (build, export, calibrate, generate, verify, bench, inspect):
+    for command in (build, export, calibrate, refit, generate, verify, bench, inspect):
         command.add(commands)
     return parser
 

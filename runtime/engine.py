@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from gatework.plugins import engine_format
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe.spec import VERSION as PLUGIN_VERSION
 
 Check = Literal["auto", "full", "sizes"]
 _AUTO_LIMIT = 4 << 30  # bytes hashed at load by default; hashing more would take longer than loading
@@ -110,6 +111,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     for name, kind in engine_format.MANIFEST_FIELDS.items():
         if not isinstance(manifest.get(name), kind):
             raise _damaged(file, f"its field {name} is missing or of the wrong type")
+    if (version := manifest["plugin_version"]) != PLUGIN_VERSION:
+        what = f"{path} was built with another version of the MoE operator"
+        raise GateworkError(what, got=version, expected=PLUGIN_VERSION, fix="build the engine again")
     return manifest
 
 

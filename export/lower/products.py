@@ -172,5 +172,5 @@ def _encode_fp8(part: Tensor, factors: Tensor | None, dtype: torch.dtype, absmax
 
 
 def _encode_int4(part: Tensor, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    codes, scales = quantize_rows(part, 4, group, dtype)
+    codes, scales = quantize_rows(part, 4, group, dtype, positive=True)  # as TensorRT's parser wants them
     return codes.flatten(1) ^ 0x88, one_for_zero(scales)  # from q + 8 to ONNX's two's complement

@@ -27,7 +27,8 @@ class PlanRequest:
     sm: compute capability to compile for ahead of time, such as "SM80"; None: the GPU at hand.
     layers: expected counts by layer kind; a network with others is refused.
     max_batch, prefill_chunk: limits of the two optimisation profiles.
-    timing_cache: file to read and to update; strip_weights: leave dense weights out of the plan, to be refitted at load.
+    timing_cache: file to read and to update; strip_weights: leave dense weights out of the plan, to be put in by
+    `refit`.
     log: file that receives the builder's messages.
     """
 
@@ -48,7 +49,7 @@ def build_plan(trt: Any, request: PlanRequest) -> Listing:
 
     Raises GateworkError with TensorRT's own words when it cannot parse or compile the graph.
     """
-    logger = _logger(trt)
+    logger = process_logger(trt)
     with logger.writing_to(request.log):
         builder = trt.Builder(logger)
         network = builder.create_network(_network_flags(trt))
@@ -64,6 +65,7 @@ def build_plan(trt: Any, request: PlanRequest) -> Listing:
             config.num_compute_capabilities = 1
             config.set_compute_capability(getattr(trt.ComputeCapability, request.sm), 0)
         if request.strip_weights:
+            config.set_flag(trt.BuilderFlag.REFIT)
             config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         for batch, chunk in ((1, request.prefill_chunk), (request.max_batch, 1)):
             config.add_optimization_profile(_profile(builder, network, batch, chunk))
@@ -122,7 +124,7 @@ def _first(reasons: list[str], logger: Any) -> str:
 
 
 @cache  # TensorRT heeds the first logger of a process only
-def _logger(trt: Any) -> Any:
+def process_logger(trt: Any) -> Any:
     """A trt.ILogger that writes to the file of the build in hand, and remembers that build's errors."""
 
     class Logger(trt.ILogger):

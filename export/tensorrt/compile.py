@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gatework.export.checkpoint import Checkpoint
-from gatework.export.config import Dtype
 from gatework.export.lower import lower_to_tensorrt
 from gatework.export.lower.experts import experts_to_inputs, moe_nodes
-from gatework.export.materialize import DENSE, EXPERTS, GRAPH, write_experts, write_model
+from gatework.export.materialize import EXPERTS, GRAPH, write_experts, write_model
 from gatework.export.onnx_export import trace
 from gatework.export.options import BuildOptions
+from gatework.export.packing import Pack
 from gatework.export.tensorrt.builder import PlanRequest, build_plan
 from gatework.export.tensorrt.scales import StaticScales
 from gatework.export.tensorrt.toolchain import Compiler, load_toolchain
@@ -21,6 +22,39 @@ from gatework.export.weight_facts import weight_facts
 from gatework.plugins.moe.tensorrt import register
 
 PLAN, LAYERS, LOG = "model.plan", "layers.json", "builder.log"
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A lowered graph that stands ready on disk.
+
+    path: the ONNX file, dense weights beside it. layers: counts by kind that TensorRT has to understand. experts: what fills
+    the expert inputs. facts: of the weights, for the manifest.
+    """
+
+    path: Path
+    layers: dict[str, int]
+    experts: list[Pack]
+    facts: dict[str, Any]
+
+
+def write_graph(
+    checkpoint: Checkpoint, folder: Path, options: BuildOptions, scales: StaticScales, *, progress: bool = False
+) -> Graph:
+    """Lower a checkpoint for TensorRT and write graph and dense weights into `folder`."""
+    config = checkpoint.config
+    assert options.max_seq is not None
+    model = trace(config, options.max_seq, dtype="float16" if options.precision == "fp16" else "bfloat16")
+    model = lower_to_tensorrt(model, options.precision, group=options.group, scales=scales)  # type: ignore[arg-type]
+    facts = weight_facts(model, config)
+    model, experts = experts_to_inputs(model)
+    layers = {
+        "PLUGIN_V3": len(moe_nodes(model)),
+        "KV_CACHE_UPDATE": 2 * config.num_layers,
+        "ATTENTION_INPUT": config.num_layers,
+    }
+    write_model(model, checkpoint, folder, progress=progress)
+    return Graph(folder / GRAPH, layers, experts, facts)
 
 
 def compile_tensorrt(
@@ -34,28 +68,17 @@ def compile_tensorrt(
 ) -> tuple[list[str], dict[str, Any]]:
     """Write plan, experts, layer listing and builder log into `directory`; returns the file names and facts of the weights.
 
-    The dense weights pass through a scratch folder, from which TensorRT reads them into the plan; they stay beside the plan
-    only when it has none.
+    The dense weights pass through a scratch folder, from which TensorRT reads them into the plan.
     """
-    config = checkpoint.config
-    assert options.max_seq is not None
-    model = trace(config, options.max_seq, dtype=activation_dtype(options.precision))
-    model = lower_to_tensorrt(model, options.precision, group=options.group, scales=scales)  # type: ignore[arg-type]
-    facts = weight_facts(model, config)
-    model, experts = experts_to_inputs(model)
-    expected = {
-        "PLUGIN_V3": len(moe_nodes(model)),
-        "KV_CACHE_UPDATE": 2 * config.num_layers,
-        "ATTENTION_INPUT": config.num_layers,
-    }
     names = [PLAN, LAYERS, LOG]
+    trt = load_toolchain(compiler.module)
     with tempfile.TemporaryDirectory(prefix=".graph.", dir=directory) as scratch:
-        write_model(model, checkpoint, Path(scratch), progress=progress)
+        graph = write_graph(checkpoint, Path(scratch), options, scales, progress=progress)
         request = PlanRequest(
-            graph=Path(scratch, GRAPH),
+            graph=graph.path,
             plan=directory / PLAN,
             sm=compiler.sm,
-            layers=expected,
+            layers=graph.layers,
             max_batch=options.max_batch,
             prefill_chunk=options.prefill_chunk,
             log=directory / LOG,
@@ -63,19 +86,10 @@ def compile_tensorrt(
             strip_weights=options.strip_weights,
             progress=progress,
         )
-        trt = load_toolchain(compiler.module)
         with register(trt).raising_errors():
             listing = build_plan(trt, request)
-        if options.strip_weights:
-            Path(scratch, DENSE).rename(directory / DENSE)
-            names.append(DENSE)
     (directory / LAYERS).write_text(json.dumps(listing.to_json(), indent=1) + "\n")
-    if experts and not options.plan_only:
-        write_experts(experts, checkpoint, directory / EXPERTS, progress=progress)
+    if graph.experts and not options.plan_only:
+        write_experts(graph.experts, checkpoint, directory / EXPERTS, progress=progress)
         names.append(EXPERTS)
-    return names, facts
-
-
-def activation_dtype(precision: str) -> Dtype:
-    """What a plan computes in between its products."""
-    return "float16" if precision == "fp16" else "bfloat16"
+    return names, graph.facts

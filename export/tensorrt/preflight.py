@@ -12,7 +12,7 @@ from gatework.export.lower import WEIGHT_FORMATS
 from gatework.export.lower.experts import with_format
 from gatework.export.options import BuildOptions
 from gatework.export.targets import TARGETS
-from gatework.export.tensorrt.toolchain import Compiler
+from gatework.export.tensorrt.toolchain import Compiler, require_gpu
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import MoESizes
 from gatework.plugins.moe.workspace import layout
@@ -55,6 +55,8 @@ def preflight(config: ModelConfig, options: BuildOptions, compiler: Compiler) ->
 
     Raises GateworkError, naming what would fit, when the device cannot hold the engine; a build of the plan only goes on.
     """
+    if options.strip_weights:  # TensorRT-RTX as well compiles refittable plans through CUDA only
+        require_gpu("compiling a plan whose weights can be put in later")
     found = _measure(config, options, compiler)
     if not (found.fits or options.plan_only):
         device = f"{options.target}'s {found.memory / 1e9:,.1f} GB"

@@ -102,6 +102,12 @@ def choose_compiler(target: Target, wanted: str | None = None) -> Compiler:
     raise GateworkError(f"{target.name} engines cannot be built here", got=" and ".join(lacks), expected=expected)
 
 
+def require_gpu(what: str) -> None:
+    """Raise unless there is a GPU."""
+    if gpu_capability() is None:
+        raise GateworkError(f"{what} needs a GPU", got="none", fix="do it on a machine that has one")
+
+
 def gpu_capability() -> tuple[int, int] | None:
     """Compute capability of the first GPU, from the CUDA driver; None without driver or GPU."""
     try:

@@ -98,3 +98,13 @@ def test_int4_search_beats_the_largest_weight() -> None:
     better, worse = ((x - rows).square().sum(1) for x in (searched, plain))
     assert (better <= worse + 1e-6).all()
     assert better.mean() < 0.95 * worse.mean()
+
+
+def test_positive_scales_cost_little() -> None:
+    rows = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for positive in (False, True):
+        codes, scales = quantize_rows(rows, 4, 32, positive=positive)
+        assert bool((scales < 0).any()) is not positive
+        errors.append((dequantize_rows(codes, scales, 4, 256) - rows).square().mean().sqrt().item())
+    assert errors[0] < errors[1] < 1.06 * errors[0]

@@ -1,0 +1,221 @@
+"""Engines for GPUs, compiled by the real TensorRT-RTX for devices that are not here: what is in them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from gatework import LLM
+from gatework.export.build import build_engine
+from gatework.export.calibrate import calibrate
+from gatework.export.checkpoint import Checkpoint
+from gatework.export.tensorrt import toolchain
+from gatework.export.tensorrt.preflight import Preflight
+from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe.reference import unpack_int4
+from tests.checkpoints import make_checkpoint
+from tests.plan_text import compiled_products
+
+pytest.importorskip(
+    "tensorrt_rtx", reason="TensorRT-RTX is not installed: no plan is built, none of its layers counted"
+)
+pytestmark = pytest.mark.tensorrt
+
+MODELS = ["llama2", "mistral", "mixtral", "dbrx"]
+PAIRS = {"bf16": "a100", "int8": "a100", "int4": "a100", "fp8": "ada"}
+STORED = {"bf16": "BF16", "int8": "INT8", "int4": "INT4", "fp8": "FP8"}
+COMPILED = {"bf16": "bf16", "int8": "int8", "int4": "bf16", "fp8": "fp8_e4m3"}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def calibration(checkpoint: Path) -> Path:
+    path = checkpoint.parent / "calibration.json"
+    calibrate(checkpoint, np.random.default_rng(0).integers(0, 128, 64).tolist(), window=16).save(path)
+    return path
+
+
+@pytest.fixture(scope="module", params=PAIRS)
+def engine(request: pytest.FixtureRequest, checkpoint: Path, calibration: Path) -> Path:
+    precision = request.param
+    out = checkpoint.parent / precision
+    ranges = {"calibration": calibration} if precision in ("int8", "fp8") else {}
+    return build_engine(checkpoint, out, target=PAIRS[precision], precision=precision, max_seq=32, **ranges)
+
+
+def manifest_of(engine: Path) -> dict[str, Any]:
+    return json.loads((engine / "manifest.json").read_text())
+
+
+def test_tensorrt_understood_every_layer(engine: Path) -> None:
+    counts = json.loads((engine / "layers.json").read_text())["counts"]
+    model = manifest_of(engine)["model"]
+    layers = model["num_layers"]
+    assert counts["KV_CACHE_UPDATE"] == 2 * layers
+    assert counts["ATTENTION_INPUT"] == counts["ATTENTION_OUTPUT"] == layers
+    assert counts.get("PLUGIN_V3", 0) == (layers if model["moe"] else 0)
+
+
+def test_every_product_is_stored_in_the_precision_asked_for(engine: Path) -> None:
+    manifest = manifest_of(engine)
+    precision, model = manifest["precision"], manifest["model"]
+    products = list(json.loads((engine / "layers.json").read_text())["products"].values())
+    layers = model["num_layers"]
+    routers = [pair for pair in products if pair == ["FLOAT", "FLOAT"]]
+    others = [pair for pair in products if pair != ["FLOAT", "FLOAT"]]
+    assert len(routers) == (layers if model["moe"] else 0)
+    # q, k, v and o; then gate, up and down of a dense layer, gate and up as one product; the head
+    assert len(others) == layers * (4 if model["moe"] else 6) + 1
+    activations = {"bf16": "BF16", "int4": "BF16"}.get(precision, STORED[precision])
+    head = ["BF16", "INT8"] if precision == "int4" else [activations, STORED[precision]]
+    assert others[-1] == head
+    assert Counter(map(tuple, others[:-1])) == {(activations, STORED[precision]): len(others) - 1}
+
+
+def test_no_product_was_compiled_to_anything_wider(engine: Path) -> None:
+    manifest = manifest_of(engine)
+    kind = COMPILED[manifest["precision"]]
+    routers = {("float", "float")} if manifest["model"]["moe"] else set()
+    assert set(compiled_products(engine / "model.plan")) == {(kind, kind)} | routers
+
+
+def test_experts_lie_beside_the_plan_in_the_operators_formats(engine: Path, checkpoint: Path) -> None:
+    manifest = manifest_of(engine)
+    if manifest["model"]["moe"] is None:
+        assert not (engine / "experts.safetensors").exists()
+        return
+    stored, name = Checkpoint.open(checkpoint).read("layers.1.moe.w_out").float().numpy(), "layers.1.moe.w_out"
+    with safe_open(engine / "experts.safetensors", "pt") as file:
+        w = file.get_tensor(name)
+        scale = None if manifest["precision"] == "bf16" else file.get_tensor(f"{name}_scale").numpy()
+    precision = manifest["precision"]
+    if precision == "int4":
+        scale = np.repeat(scale, 128, axis=-1)[..., : stored.shape[-1]]
+        values = unpack_int4(w.numpy()).astype(np.float32)
+    else:
+        values = w.float().numpy()
+    scale = 1 if scale is None else scale
+    # bf16 stores 8 bits of a number, e4m3 4; a scale that clips by 30 % moves the opposite end by 4.5 of its steps
+    allowed = {
+        "bf16": abs(stored) * 2**-8,
+        "fp8": abs(stored) * 2**-4 + scale,
+        "int8": 0.51 * scale,
+        "int4": 4.5 * abs(scale),
+    }
+    assert (abs(values * scale - stored) <= allowed[precision]).all()
+    assert np.corrcoef((values * scale).ravel(), stored.ravel())[0, 1] > 0.98
+
+
+def test_a_plan_needs_no_checkpoint_but_cannot_run_here(engine: Path) -> None:
+    target = manifest_of(engine)["target"]
+    with pytest.raises(GateworkError, match=f"runs CPU engines only; got an engine for {target}; fix: build one with"):
+        LLM(engine)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("mixtral"), "mixtral")
+
+
+def test_plan_only_leaves_the_experts_out(mixtral: Path) -> None:
+    found: list[Preflight] = []
+    settings = {"target": "rtx50", "precision": "fp8", "plan_only": True, "max_seq": 32}
+    out = build_engine(mixtral, mixtral.parent / "plan", report=found.append, **settings)
+    assert {file.name for file in out.iterdir()} == {"model.plan", "layers.json", "builder.log", "manifest.json"}
+    assert found[0].compiler.sm == "SM120"
+    assert found[0].experts > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": "a100", "precision": "fp8"}, r"got a100 fp8; expected .*ada: bf16\|fp16\|fp8"),
+        (
+            {"target": "h100", "precision": "fp8"},
+            "h100 engines cannot be built here; got .*; expected TensorRT on a GPU of SM90",
+        ),
+        (
+            {"target": "h100", "precision": "fp8", "toolchain": "tensorrt_rtx"},
+            "not built by this toolchain; got tensorrt_rtx",
+        ),
+        (
+            {"target": "a100", "precision": "int8"},
+            "int8 on a100 needs the ranges of activations; fix: gatework calibrate",
+        ),
+        ({"target": "a100", "precision": "bf16", "strip_weights": True}, "needs a GPU; got none"),
+        ({"target": "cpu", "precision": "int8", "plan_only": True}, "plan_only is for GPU targets"),
+        ({"target": "a100", "precision": "int4", "device_memory": 10**5}, "does not fit a100's 0.0 GB"),
+    ],
+)
+def test_impossible_builds_are_refused_before_any_work(mixtral: Path, settings: dict[str, Any], message: str) -> None:
+    if settings["target"] == "h100" and toolchain.gpu_capability() == (9, 0):
+        pytest.skip("this machine has an H100: nothing is impossible about it")
+    out = mixtral.parent / "refused"
+    with pytest.raises(GateworkError, match=message):
+        build_engine(mixtral, out, **settings)
+    assert not list(mixtral.parent.glob("*refused*"))
+
+
+def test_too_long_a_context_is_refused_with_what_would_fit(mixtral: Path) -> None:
+    settings = {"target": "a100", "precision": "int4", "max_batch": 64, "device_memory": 1_400_000}
+    with pytest.raises(GateworkError, match=r"does not fit .*KV cache .*; fix: .*--max-batch \d+") as error:
+        build_engine(mixtral, mixtral.parent / "refused", **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_calibration_of_another_checkpoint_is_refused(mixtral: Path, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path, "mixtral", seed=1)
+    path = tmp_path / "calibration.json"
+    calibrate(other, list(range(32))).save(path)
+    with pytest.raises(GateworkError, match="was not made from"):
+        build_engine(mixtral, tmp_path / "engine", target="a100", precision="int8", calibration=path)
+
+
+def test_an_engine_of_another_operator_version_is_refused(mixtral: Path, tmp_path: Path) -> None:
+    engine = build_engine(mixtral, tmp_path / "engine", target="a100", precision="bf16", max_seq=32, plan_only=True)
+    manifest = manifest_of(engine)
+    (engine / "manifest.json").write_text(json.dumps(manifest | {"plugin_version": 2}))
+    with pytest.raises(GateworkError, match="another version of the MoE operator; got 2; expected 1; fix: build"):
+        LLM(engine)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_build_leaves_nothing(mixtral: Path, tmp_path: Path, number: int) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "gatework.runtime.cli",
+        "build",
+        mixtral,
+        "--target",
+        "a100",
+        "--precision",
+        "bf16",
+    ]
+    out = tmp_path / "engines" / "stopped"
+    process = subprocess.Popen(
+        [*map(str, command), "--out", str(out)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    while not list(tmp_path.glob("engines/.stopped.*/model.plan")):  # the compiler runs
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode in (130, 143, 0)  # 0: it was done before the signal reached it
+    assert (process.returncode == 0) == out.exists()
+    assert [path for path in tmp_path.rglob("*") if path.name.startswith(".")] == []
+    assert process.returncode == 0 or not list(tmp_path.iterdir())
