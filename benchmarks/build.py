@@ -3,8 +3,8 @@
     python benchmarks/build.py build/bench/random-mixtral --precision int8
     python benchmarks/build.py build/bench/sparse-mixtral --target a100 --precision int8 --plan-only --max-seq 4096
 
-Writes the engine beside the checkpoint, as NAME-TARGET-PRECISION. Ends with one JSON line; mb_s is input bytes per second of the
-whole build, from opening the checkpoint to the renamed directory, and peak_rss_mb is that of the whole process.
+Writes the engine beside the checkpoint, as NAME-TARGET-PRECISION. Ends with one JSON line; mb_s is input bytes per second of
+the whole build, from opening the checkpoint to the renamed directory, and peak_rss_mb is that of the whole process.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/sparse_checkpoint.py mixtral-8x7b build/bench/sparse-mixtral
 
 For measuring builds at full size. The configs are those of the public releases; no weights are. TensorRT stores equal
-constants once, so a plan of zeros is smaller than a real one: --dense fills all but the experts with random numbers, which takes
-gigabytes, and makes the plan as large as that of real weights.
+constants once, so a plan of zeros is smaller than a real one: --dense fills all but the experts with random numbers, which
+takes gigabytes, and makes the plan as large as that of real weights.
 """
 
 from __future__ import annotations
