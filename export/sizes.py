@@ -14,14 +14,14 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp8", "int8", "int4")
 # Bytes of one cached key or value: CPU engines, quantised or not, compute in float32; the rest are GPU formats.
 KV_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp8": 2, "int8": 4, "int4": 4}
 _BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
+GPU_VALUE = 2  # bytes of an activation, a cached key or value: bfloat16 or float16
 _SCALE = 4  # bytes: float32
 
 
 def weight_bytes(config: ModelConfig, precision: Precision, group: int | None = None) -> int | None:
     """Bytes of all weights; None where the model cannot be stored so.
 
-    int8 and int4 are what `build_engine` writes, scales and padding included. fp8 has one byte per matrix weight, one scale
-    per dense matrix and per output channel of an expert; norms are bfloat16 and routers float32.
+    int8 and int4 are what `build_engine` writes for CPUs, fp8 what it writes for GPUs, scales and padding included.
 
     Args:
         group: weights that share a scale, for int8 and int4; default: the builder's.
@@ -30,7 +30,7 @@ def weight_bytes(config: ModelConfig, precision: Precision, group: int | None = 
     if precision in ("fp32", "bf16"):
         return config.num_parameters() * (4 if precision == "fp32" else 2)
     if precision == "fp8":
-        return sum(_fp8_bytes(name, shape) for name, shape in shapes.items())
+        return sum(gpu_weight_bytes(config, "fp8", 0))
     bits, group = _BITS[precision], group or DEFAULT_GROUPS[precision]
     if config.moe is not None and fit_group(config.hidden_size, group) is None:
         return None
@@ -45,12 +45,40 @@ def kv_bytes(config: ModelConfig, precision: Precision, positions: int) -> int:
     return positions * config.kv_bytes_per_token(KV_BYTES[precision])
 
 
-def _fp8_bytes(name: str, shape: tuple[int, ...]) -> int:
-    if len(shape) == 1:
-        return 2 * shape[0]
+def gpu_weight_bytes(config: ModelConfig, precision: str, group: int) -> tuple[int, int]:
+    """Bytes of (dense weights, expert weights) as a GPU engine of that precision stores them, scales included."""
+    dense = experts = 0
+    shapes = config.tensor_shapes()
+    if config.tie_embeddings and precision not in ("bf16", "fp16"):
+        shapes["lm_head.weight"] = shapes["embed.weight"]  # a quantised copy
+    for name, shape in shapes.items():
+        if ".moe.w_" in name:
+            experts += _gpu_expert_bytes(shape, precision, group)
+        else:
+            dense += _gpu_dense_bytes(name, shape, precision, group)
+    return dense, experts
+
+
+def _gpu_expert_bytes(shape: tuple[int, ...], precision: str, group: int) -> int:
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    match precision:
+        case "fp8" | "int8":
+            return rows * (columns + 4)
+        case "int4":
+            return rows * (-(-columns // 2) + 4 * -(-columns // group))
+    return 2 * rows * columns
+
+
+def _gpu_dense_bytes(name: str, shape: tuple[int, ...], precision: str, group: int) -> int:
     if ".router." in name:
         return 4 * math.prod(shape)
-    return math.prod(shape) + _SCALE * (math.prod(shape[:-1]) if len(shape) == 3 else 1)
+    if len(shape) == 1 or name.startswith("embed.") or precision in ("bf16", "fp16"):
+        return GPU_VALUE * math.prod(shape)
+    rows, columns = shape
+    size = fit_group(columns, group) if precision == "int4" and name != "lm_head.weight" else None
+    if size is not None:
+        return rows * (columns // 2 + GPU_VALUE * columns // size)
+    return rows * (columns + (GPU_VALUE if precision != "fp8" else 0))
 
 
 def _grouped_bytes(name: str, shape: tuple[int, ...], bits: int, group: int, config: ModelConfig) -> int:

@@ -29,12 +29,12 @@ def build_inputs(source: Path, options: BuildOptions) -> dict[str, Any]:
 
     Like make, it takes a file for changed when its time of modification is another.
     """
-    files = sorted(path for path in source.rglob("*") if path.is_file())
-    if options.calibration is not None:
-        files.append(options.calibration)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    files = {path.relative_to(source).as_posix(): _stamp(path) for path in source.rglob("*") if path.is_file()}
+    settings = asdict(options)
     del settings["timing_cache"]  # changes how long a build takes
-    return {"settings": settings, "files": {str(path.resolve()): _stamp(path) for path in files}}
+    calibration = settings.pop("calibration")
+    digest = engine_format.sha256(calibration) if calibration is not None and calibration.is_file() else None
+    return {"settings": settings, "calibration": digest, "files": files}
 
 
 def is_current(source: Path, out: Path, options: BuildOptions) -> bool:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from gatework.export.config import ModelConfig
 from gatework.export.decoder import moe_attributes
-from gatework.export.groups import fit_group
 from gatework.export.lower import WEIGHT_FORMATS
 from gatework.export.lower.experts import with_format
 from gatework.export.options import BuildOptions
+from gatework.export.sizes import GPU_VALUE, gpu_weight_bytes
 from gatework.export.targets import TARGETS
 from gatework.export.tensorrt.toolchain import Compiler, require_gpu
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import MoESizes
 from gatework.plugins.moe.workspace import layout
 
-_ACTIVATION = 2  # bytes of bfloat16 and float16
 _ROPE_TABLES = 2
 
 
@@ -71,66 +69,30 @@ def preflight(config: ModelConfig, options: BuildOptions, compiler: Compiler) ->
 
 def _measure(config: ModelConfig, options: BuildOptions, compiler: Compiler) -> Preflight:
     assert options.max_seq is not None and options.device.memory is not None
-    dense, experts = weight_bytes(config, options.precision, options.group)
-    tables = _ROPE_TABLES * options.max_seq * config.head_dim // 2 * _ACTIVATION
+    dense, experts = gpu_weight_bytes(config, options.precision, options.group)
+    tables = _ROPE_TABLES * options.max_seq * config.head_dim // 2 * GPU_VALUE
     return Preflight(
         config=config,
         options=options,
         compiler=compiler,
         plan=dense + tables,
         experts=experts,
-        kv_cache=options.max_batch * options.max_seq * config.kv_bytes_per_token(_ACTIVATION),
+        kv_cache=options.max_batch * options.max_seq * config.kv_bytes_per_token(GPU_VALUE),
         scratch=_scratch(config, options),
         memory=options.device_memory or options.device.memory,
     )
 
 
-def weight_bytes(config: ModelConfig, precision: str, group: int) -> tuple[int, int]:
-    """Bytes of (dense weights, expert weights) as a GPU engine of that precision stores them, scales included."""
-    dense = experts = 0
-    shapes = config.tensor_shapes()
-    if config.tie_embeddings and precision not in ("bf16", "fp16"):
-        shapes["lm_head.weight"] = shapes["embed.weight"]  # a quantised copy
-    for name, shape in shapes.items():
-        if ".moe.w_" in name:
-            experts += _expert_bytes(shape, precision, group)
-        else:
-            dense += _dense_bytes(name, shape, precision, group)
-    return dense, experts
-
-
-def _expert_bytes(shape: tuple[int, ...], precision: str, group: int) -> int:
-    rows, columns = math.prod(shape[:-1]), shape[-1]
-    match precision:
-        case "fp8" | "int8":
-            return rows * (columns + 4)
-        case "int4":
-            return rows * (-(-columns // 2) + 4 * -(-columns // group))
-    return 2 * rows * columns
-
-
-def _dense_bytes(name: str, shape: tuple[int, ...], precision: str, group: int) -> int:
-    if ".router." in name:
-        return 4 * math.prod(shape)
-    if len(shape) == 1 or name.startswith("embed.") or precision in ("bf16", "fp16"):
-        return _ACTIVATION * math.prod(shape)
-    rows, columns = shape
-    size = fit_group(columns, group) if precision == "int4" and name != "lm_head.weight" else None
-    if size is not None:
-        return rows * (columns // 2 + _ACTIVATION * columns // size)
-    return rows * (columns + (_ACTIVATION if precision != "fp8" else 0))
-
-
 def _scratch(config: ModelConfig, options: BuildOptions) -> int:
     tokens = max(options.prefill_chunk, options.max_batch)
     widest = max(config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
-    total = 4 * tokens * widest * _ACTIVATION + 4 * options.max_batch * config.vocab_size
+    total = 4 * tokens * widest * GPU_VALUE + 4 * options.max_batch * config.vocab_size
     if config.moe is None:
-        return total + 3 * tokens * config.intermediate_size * _ACTIVATION
+        return total + 3 * tokens * config.intermediate_size * GPU_VALUE
     sizes = MoESizes(tokens, config.hidden_size, config.moe.num_experts, config.intermediate_size)
     weight_format = WEIGHT_FORMATS[options.precision]  # type: ignore[index]
     attributes = with_format(moe_attributes(config), weight_format, options.group)
-    return total + layout(sizes, attributes, _ACTIVATION).total
+    return total + layout(sizes, attributes, GPU_VALUE).total
 
 
 def _alternatives(config: ModelConfig, options: BuildOptions, compiler: Compiler) -> str:

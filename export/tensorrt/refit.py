@@ -50,8 +50,8 @@ def refit_engine(
     if (model := checkpoint.config.to_dict()) != manifest["model"]:
         differing = ", ".join(name for name in model if model[name] != manifest["model"].get(name))
         raise GateworkError(f"{engine} was built for another architecture than {source}", got=f"other {differing}")
-    settings = manifest["inputs"]["settings"] | {"strip_weights": False, "calibration": calibration}
-    options = BuildOptions(**settings)
+    settings = manifest["inputs"]["settings"] | {"strip_weights": False}
+    options = BuildOptions(**settings, calibration=calibration)
     inputs, tools = build_inputs(checkpoint.path, options), tool_versions(options)
     options = options.fitted_to(checkpoint.config)
     (module,) = set(tools) & {"tensorrt", "tensorrt_rtx"}

@@ -85,6 +85,8 @@ def _sizes(config: ModelConfig, engine: dict[str, Any] | None, memories: dict[st
     if engine is not None and engine["precision"] in weights:
         weights[engine["precision"]] = engine["weight_bytes"]["total"]
     cache = {precision: kv_bytes(config, precision, context) for precision in PRECISIONS}
+    if engine is not None and engine["precision"] in cache:
+        cache[engine["precision"]] = context * config.kv_bytes_per_token(_value_bytes(engine))
     fits = {
         precision: {name: nbytes + cache[precision] <= limit for name, limit in memories.items()}
         for precision, nbytes in weights.items()
@@ -100,6 +102,11 @@ def _sizes(config: ModelConfig, engine: dict[str, Any] | None, memories: dict[st
         "kv_bytes_at_context": cache,
         "fits": fits,
     }
+
+
+def _value_bytes(engine: dict[str, Any]) -> int:
+    """Bytes of a cached key or value: CPU engines compute in float32, the others in 16 bits."""
+    return 4 if engine["target"] == "cpu" else 2
 
 
 def _text(path: Path, config: ModelConfig, facts: dict[str, Any]) -> str:
@@ -149,7 +156,7 @@ def _engine_rows(config: ModelConfig, engine: dict[str, Any]) -> list[tuple[str,
             f"{limits['max_batch']} sequences of {limits['max_seq']:,} tokens, prefill by {limits['prefill_chunk']}",
         ),
         ("weights", f"{size(weights['total'])}, of which a decoded token reads {size(weights['per_token'])}"),
-        ("KV cache when full", size(positions * config.kv_bytes_per_token(4))),
+        ("KV cache when full", size(positions * config.kv_bytes_per_token(_value_bytes(engine)))),
         ("files", ", ".join(f"{name} {size(nbytes)}" for name, nbytes in engine["files"].items())),
         ("built with", ", ".join(f"{tool} {version}" for tool, version in engine["toolchain"].items())),
     ]

@@ -48,7 +48,7 @@ def test_mixtral_8x7b(tmp_path: Path) -> None:
     assert weight_bytes(config, "int8", 256) == pytest.approx(46_702_792_704 * (1 + 4 / 256), rel=1e-3)
     fp8 = weight_bytes(config, "fp8")
     assert fp8 is not None
-    assert 46_702_792_704 < fp8 < 46_702_792_704 * 1.001
+    assert 46_702_792_704 < fp8 < 46_702_792_704 * 1.004  # scales, and an embedding table of 16 bits
     assert kv_bytes(config, "bf16", 32_768) == 2 * 32 * 8 * 128 * 2 * 32_768
 
 

@@ -19,6 +19,8 @@ from gatework import LLM
 from gatework.export.build import build_engine
 from gatework.export.calibrate import calibrate
 from gatework.export.checkpoint import Checkpoint
+from gatework.export.config import ModelConfig
+from gatework.export.sizes import gpu_weight_bytes
 from gatework.export.tensorrt import toolchain
 from gatework.export.tensorrt.preflight import Preflight
 from gatework.plugins.errors import GateworkError
@@ -68,6 +70,13 @@ def test_tensorrt_understood_every_layer(engine: Path) -> None:
     assert counts["KV_CACHE_UPDATE"] == 2 * layers
     assert counts["ATTENTION_INPUT"] == counts["ATTENTION_OUTPUT"] == layers
     assert counts.get("PLUGIN_V3", 0) == (layers if model["moe"] else 0)
+
+
+def test_the_sizes_foretold_are_those_written(engine: Path) -> None:
+    manifest = manifest_of(engine)
+    config = ModelConfig.from_dict(manifest["model"])
+    group = 128 if manifest["precision"] == "int4" else 0
+    assert sum(gpu_weight_bytes(config, manifest["precision"], group)) == manifest["weight_bytes"]["total"]
 
 
 def test_every_product_is_stored_in_the_precision_asked_for(engine: Path) -> None:
