@@ -118,7 +118,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _is_weights(name: str) -> bool:
-    return name.endswith(".safetensors")
+    return name.endswith((".safetensors", ".plan"))
 
 
 def _check_sizes(path: Path, files: dict[str, Any]) -> None:

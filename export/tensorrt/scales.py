@@ -45,8 +45,14 @@ class StaticScales:
 def load_scales(checkpoint: Checkpoint, options: BuildOptions) -> StaticScales:
     """Read the calibration that the options name.
 
-    Raises GateworkError when a precision with static scales has none, unless only a plan is wanted.
+    Raises GateworkError when a precision with static scales has none, unless only a plan is wanted, and when one without
+    them is given one.
     """
+    if options.calibration is not None and options.precision not in LARGEST:
+        fix = "leave --calibration out"
+        raise GateworkError(
+            f"{options.precision} has no static scales", got="a calibration", expected=" or ".join(LARGEST), fix=fix
+        )
     if options.calibration is not None:
         return StaticScales(checkpoint, Calibration.load(options.calibration, checkpoint))
     if options.precision in LARGEST and not options.plan_only:

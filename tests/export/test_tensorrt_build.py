@@ -165,6 +165,10 @@ def test_plan_only_leaves_the_experts_out(mixtral: Path) -> None:
             {"target": "a100", "precision": "int8"},
             "int8 on a100 needs the ranges of activations; fix: gatework calibrate",
         ),
+        (
+            {"target": "a100", "precision": "int4", "calibration": Path("x")},
+            "int4 has no static scales; got a calibration",
+        ),
         ({"target": "a100", "precision": "bf16", "strip_weights": True}, "needs a GPU; got none"),
         ({"target": "cpu", "precision": "int8", "plan_only": True}, "plan_only is for GPU targets"),
         ({"target": "a100", "precision": "int4", "device_memory": 10**5}, "does not fit a100's 0.0 GB"),
