@@ -61,6 +61,7 @@ def build_plan(trt: Any, request: PlanRequest) -> Listing:
         _check_layers(listing, request.layers)
         config = builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default; routers are to stay in float32
         if request.sm is not None:
             config.num_compute_capabilities = 1
             config.set_compute_capability(getattr(trt.ComputeCapability, request.sm), 0)
