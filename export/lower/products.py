@@ -26,10 +26,12 @@ from gatework.export.groups import fit_group
 from gatework.export.lower.graph import Builder, linear_users, linear_weight, producer, replace
 from gatework.export.packing import TORCH_DTYPES, Pack, TensorSpec, add_packed, pack_of, set_pack, static_shape
 from gatework.export.quantize import FP8_LARGEST, one_for_zero, quantize_fp8, quantize_int8_rows, quantize_rows
+from gatework.export.smoothing import balance_columns, balance_norm
 
 HEAD = "lm_head.weight"
 QuantizedPrecision = Literal["fp8", "int8", "int4"]
 LARGEST = {"fp8": FP8_LARGEST, "int8": 127.0}  # codes of a full range
+Factors = Sequence[float]
 Encode = Callable[[Tensor], tuple[Tensor, ...]]
 _ZERO = {"fp8": np.zeros((), ml_dtypes.float8_e4m3fn), "int8": np.zeros((), np.int8)}
 
@@ -41,11 +43,11 @@ class Scales(Protocol):
     """
 
     @property
-    def smooth(self) -> Mapping[str, Tensor]: ...
+    def smooth(self) -> Mapping[str, Factors]: ...
     def activation(self, product: str, largest: float) -> float:
         """Scale of the (smoothed) input of the product with the weight of that name: its range over `largest`."""
 
-    def weight_absmax(self, weight: str, factors: Tensor | None) -> float:
+    def weight_absmax(self, weight: str, factors: Factors | None) -> float:
         """Largest magnitude of a checkpoint weight, its columns multiplied by `factors`."""
 
 
@@ -88,7 +90,7 @@ def _name(weight: ir.Value) -> str:
     return (weight.name or "") if linear_users(weight) == len(weight.uses()) else HEAD
 
 
-def _smoothing(x: ir.Value, scales: Scales | None) -> Tensor | None:
+def _smoothing(x: ir.Value, scales: Scales | None) -> Factors | None:
     """Factors for the columns of a product's weight; the norm before it is divided by them, once."""
     norm = producer(x, "RMSNormalization", "LayerNormalization")
     weight = norm.inputs[1] if norm is not None else None
@@ -100,8 +102,8 @@ def _smoothing(x: ir.Value, scales: Scales | None) -> Tensor | None:
     return factors
 
 
-def _divide(part: Tensor, factors: Tensor, dtype: torch.dtype) -> tuple[Tensor]:
-    return ((part.float() / factors).to(dtype),)
+def _divide(part: Tensor, factors: Factors, dtype: torch.dtype) -> tuple[Tensor]:
+    return (balance_norm(part, factors).to(dtype),)
 
 
 def _quantize_dequantize(build: Builder, x: ir.Value, scale: float, precision: Literal["fp8", "int8"]) -> ir.Value:
@@ -122,7 +124,7 @@ class _Product:
     weight: ir.Value
     name: str
     type: ir.DataType  # of activations and scales
-    factors: Tensor | None
+    factors: Factors | None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -163,12 +165,12 @@ class _Product:
         return add_packed(self.build.graph, Pack(pack_of(self.weight).sources, outputs, encode))
 
 
-def _encode_int8(part: Tensor, factors: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return quantize_int8_rows(part if factors is None else part.float() * factors, dtype)
+def _encode_int8(part: Tensor, factors: Factors | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return quantize_int8_rows(part if factors is None else balance_columns(part, factors), dtype)
 
 
-def _encode_fp8(part: Tensor, factors: Tensor | None, dtype: torch.dtype, absmax: float) -> tuple[Tensor]:
-    return quantize_fp8(part if factors is None else part.float() * factors, torch.tensor(absmax), dtype)[:1]
+def _encode_fp8(part: Tensor, factors: Factors | None, dtype: torch.dtype, absmax: float) -> tuple[Tensor]:
+    return quantize_fp8(part if factors is None else balance_columns(part, factors), torch.tensor(absmax), dtype)[:1]
 
 
 def _encode_int4(part: Tensor, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

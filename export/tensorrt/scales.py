@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-
-import torch
-from torch import Tensor
 
 from gatework.export.calibration import Calibration
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.lower.products import LARGEST
 from gatework.export.options import BuildOptions
+from gatework.export.smoothing import balance_columns
 from gatework.plugins.errors import GateworkError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StaticScales:
     """The `Scales` that `lower_to_tensorrt` asks for.
 
@@ -26,20 +23,19 @@ class StaticScales:
     checkpoint: Checkpoint
     calibration: Calibration | None
 
-    @cached_property
-    def smooth(self) -> Mapping[str, Tensor]:
-        """Factors [D] float32 by norm weight."""
-        found = self.calibration.smooth if self.calibration is not None else {}
-        return {name: torch.tensor(factors) for name, factors in found.items()}
+    @property
+    def smooth(self) -> Mapping[str, Sequence[float]]:
+        """Factors [D] by norm weight."""
+        return self.calibration.smooth if self.calibration is not None else {}
 
     def activation(self, product: str, largest: float) -> float:
         """The calibrated scale of a product's input."""
         return self.calibration.scale(product, largest) if self.calibration is not None else 1 / largest
 
-    def weight_absmax(self, weight: str, factors: Tensor | None) -> float:
+    def weight_absmax(self, weight: str, factors: Sequence[float] | None) -> float:
         """Largest magnitude of a weight, its columns multiplied by `factors`; reads it once, part by part."""
-        parts = (part.float() for part in self.checkpoint.parts(weight))
-        return max(float((part if factors is None else part * factors).abs().max()) for part in parts)
+        parts = self.checkpoint.parts(weight)
+        return max(float((part if factors is None else balance_columns(part, factors)).abs().max()) for part in parts)
 
 
 def load_scales(checkpoint: Checkpoint, options: BuildOptions) -> StaticScales:
