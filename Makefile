@@ -60,15 +60,18 @@ engine: $(READY) $(RANGES) ## Build an engine, if anything changed: make engine 
 	    $(addprefix --calibration ,$(RANGES)) $(FLAGS))
 
 $(CALIBRATION): $(wildcard $(MODEL)/*) | $(READY)
+	@test -f $(CALIBRATION_TEXT) || { echo '$(PRECISION) on $(TARGET) needs a sample text, and there is no $(CALIBRATION_TEXT):' \
+	    'name one with CALIBRATION_TEXT=file, or a finished calibration with CALIBRATION=file' >&2; exit 1; }
 	@mkdir -p $(@D)
 	$(BIN)/gatework calibrate $(MODEL) --text $(CALIBRATION_TEXT) --out $@ --force
 
 # One target a line, so that make -j builds them side by side.
 ENGINE_LINES := $(shell grep -nv -e '^ *\#' -e '^ *$$' $(ENGINES) 2>/dev/null | cut -d: -f1)
 engines: $(ENGINE_LINES:%=.engine-%) ## Build the engines listed in ENGINES=examples/engines.txt, if anything changed
+	@test -f $(ENGINES) || { echo 'there is no $(ENGINES)' >&2; exit 1; }
 .engine-%: $(READY)
 	@set -f; set -- $$(sed -n '$*p' $(ENGINES)); model=$$1; target=$$2; precision=$$3; shift 3; \
-	    $(MAKE) engine MODEL=$$model TARGET=$$target PRECISION=$$precision FLAGS="$$*"
+	    $(MAKE) engine MODEL=$$model TARGET=$$target PRECISION=$$precision FLAGS="$$* $(FLAGS)"
 
 bench: engine ## Measure the engine of MODEL, TARGET and PRECISION
 	$(BIN)/gatework bench $(ENGINE)

@@ -16,7 +16,7 @@ from gatework.export.lower import lower_to_cpu
 from gatework.export.materialize import write_model
 from gatework.export.onnx_export import add_function_body, trace
 from gatework.export.options import BuildOptions, fit_length
-from gatework.export.staging import new_directory
+from gatework.export.staging import check_free, new_directory
 from gatework.export.tensorrt.compile import compile_tensorrt
 from gatework.export.tensorrt.preflight import Preflight, preflight
 from gatework.export.tensorrt.scales import load_scales
@@ -48,6 +48,7 @@ def build_engine(
         GateworkError: bad checkpoint, impossible target or precision, `out` in the way. Nothing is left behind.
     """
     options = BuildOptions(**{"target": "cpu", "precision": "int8", **settings})
+    check_free(Path(out), force)
     compiler = None if options.device.capability is None else choose_compiler(options.device, options.toolchain)
     checkpoint = Checkpoint.open(source)
     inputs, tools = build_inputs(checkpoint.path, options), tool_versions(options)
@@ -124,7 +125,7 @@ def export_onnx(
         raise GateworkError("unknown dtype", got=dtype, expected=" or ".join(get_args(Dtype)))
     checkpoint = Checkpoint.open(source)
     length = fit_length(checkpoint.config, max_seq)
-    with new_directory(Path(out), force) as directory:
+    with new_directory(Path(out), force, "export") as directory:
         model = trace(checkpoint.config, length, dtype=dtype, all_logits=all_logits)
         add_function_body(model)
         write_model(model, checkpoint, directory, progress=progress)

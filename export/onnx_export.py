@@ -46,7 +46,7 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
                 module.router.float()
         ids = torch.zeros(2, 5, dtype=torch.int64)
         inputs = (ids, ids.clone(), ids[:, 0].clone(), decoder.empty_cache(2))
-    batch, seq = torch.export.Dim("batch", max=1024), torch.export.Dim("seq", max=max_seq)
+    batch, seq = torch.export.Dim("batch", max=1024), torch.export.Dim("seq", max=max(max_seq, ids.shape[1]))
     both, rows = {0: batch, 1: seq}, {0: batch}
     with _quiet():
         program = torch.onnx.export(

@@ -42,6 +42,11 @@ class BuildOptions:
         target = target_for(self.target, self.precision)
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise GateworkError("group size cannot be used", got=self.group_size, expected="16, 32, 64, 128 or 256")
+        if self.group_size is not None and not self.group:
+            got = f"a group size of {self.group_size}"
+            raise GateworkError(
+                f"{self.precision} on {self.target} has no groups of weights", got=got, fix="leave it out"
+            )
         for name in ("max_batch", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise GateworkError(f"{name} is not positive", got=getattr(self, name), expected="at least 1")
@@ -59,7 +64,8 @@ class BuildOptions:
     def group(self) -> int:
         """The group size to use; 0 where the precision has none."""
         defaults = DEFAULT_GROUPS if self.device.capability is None else GPU_GROUPS
-        return self.group_size or defaults.get(self.precision, 0)
+        default = defaults.get(self.precision, 0)
+        return (self.group_size or default) if default else 0
 
     def fitted_to(self, config: ModelConfig) -> BuildOptions:
         """The same with limits that the model has: max_seq is set, and prefill_chunk at most that."""

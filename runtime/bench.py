@@ -20,6 +20,7 @@ from gatework.runtime.llm import LLM
 from gatework.runtime.sampling import SamplingParams
 
 _PROMPT_TOKENS = 512
+_NEW_TOKENS = 64
 _WARM_UP = 2  # tokens decoded before anything is measured: memory-mapped weights come in, buffers are made
 
 
@@ -35,7 +36,7 @@ class _Round:
 def bench(
     engine_dir: str | os.PathLike[str],
     prompt_tokens: int | None = None,
-    new_tokens: int = 64,
+    new_tokens: int | None = None,
     batch: int = 1,
     repeat: int = 3,
     threads: int | None = None,
@@ -44,7 +45,7 @@ def bench(
 
     Args:
         prompt_tokens: per prompt; default: 512, or fewer where the engine's max_seq leaves less room.
-        new_tokens: decoded per prompt, after the one that prefill gives.
+        new_tokens: decoded per prompt, after the one that prefill gives; default: 64, or half of what fits.
         batch: prompts at once. Prefill runs one by one, decode all together.
 
     Returns:
@@ -57,11 +58,13 @@ def bench(
         GateworkError: not an engine, or a request that does not fit it.
     """
     for name, value in (("new_tokens", new_tokens), ("batch", batch), ("repeat", repeat)):
-        if value < 1:
+        if value is not None and value < 1:
             raise GateworkError(f"{name} is not positive", got=value, expected="at least 1")
     start = time.perf_counter()
     llm = LLM(engine_dir, threads=threads)
     load = time.perf_counter() - start
+    if new_tokens is None:
+        new_tokens = min(_NEW_TOKENS, llm.engine.limits.max_seq // 2)
     count = _fitting(llm, prompt_tokens, new_tokens, batch)
     prompts = np.random.default_rng(0).integers(0, llm.engine.model["vocab_size"], (batch, count)).tolist()
     _round(llm, prompts, min(_WARM_UP, new_tokens))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
 from operator import index
+from typing import get_args
 
 from gatework.plugins.errors import GateworkError
 from gatework.runtime.backends.ort import OrtBackend
@@ -20,6 +21,7 @@ from gatework.runtime.stopping import StopMatcher
 from gatework.runtime.tokenizer import Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
+_MOST_THREADS = 256  # ONNX Runtime takes ever longer to start more
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +75,14 @@ class LLM:
         check: Check = "auto",
     ) -> None:
         self.engine = Engine.open(engine_dir, check="sizes")
-        if (target := self.engine.manifest["target"]) != "cpu":
-            fix = "build one with --target cpu"
-            raise GateworkError("this version runs CPU engines only", got=f"an engine for {target}", fix=fix)
         self.tokenizer: Tokenizer | None = load_tokenizer(self.engine.path)
         batch = self.engine.limits.max_batch if max_batch is None else max_batch
-        if batch < 1:
-            raise GateworkError("max_batch is not positive", got=batch, expected="at least 1")
+        for name, value, most in (("max_batch", batch, None), ("threads", threads, _MOST_THREADS)):
+            if value is not None and not (type(value) is int and 1 <= value <= (most or value)):
+                expected = "at least 1" if most is None else f"1 to {most}"
+                raise GateworkError(f"{name} is out of range", got=repr(value), expected=expected)
+        if check not in get_args(Check):
+            raise GateworkError("unknown check", got=repr(check), expected=" or ".join(get_args(Check)))
         with ThreadPoolExecutor(1) as pool:  # the weights are hashed while the session is made of them
             hashing = pool.submit(self.engine.check_weights, check)
             self._backend = OrtBackend(self.engine, max_batch=batch, threads=threads)
@@ -101,6 +104,8 @@ class LLM:
         Raises:
             GateworkError: an empty or too long prompt, a token id out of range, or text for an engine without a tokenizer.
         """
+        if isinstance(prompts, bytes | Mapping) or not hasattr(prompts, "__getitem__"):  # arrays are welcome
+            raise _wrong_prompt(prompts)
         batch = [prompts] if _is_single(prompts) else list(prompts)
         params = _per_prompt(sampling_params, len(batch))
         requests = [self._request(prompt, each) for prompt, each in zip(batch, params, strict=True)]  # type: ignore[arg-type]
@@ -186,10 +191,11 @@ class LLM:
         if isinstance(prompt, str):
             return self._tokenizer().encode(prompt) if prompt else []
         try:
+            if isinstance(prompt, bytes) or any(isinstance(token, bool) for token in prompt):
+                raise _wrong_prompt(prompt)
             return [index(token) for token in prompt]
         except TypeError:
-            expected = "text or a list of token ids"
-            raise GateworkError("a prompt is of the wrong type", got=repr(prompt)[:80], expected=expected) from None
+            raise _wrong_prompt(prompt) from None
 
     def _check_prompt(self, ids: list[int]) -> None:
         if not ids:
@@ -206,6 +212,11 @@ class LLM:
             raise GateworkError("a token id is out of range", got=wrong, expected=f"0 to {vocab_size - 1}")
 
 
+def _wrong_prompt(prompt: object) -> GateworkError:
+    expected = "text or a list of token ids"
+    return GateworkError("a prompt is of the wrong type", got=repr(prompt)[:80], expected=expected)
+
+
 def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
 
@@ -213,6 +224,9 @@ def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
 def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
+        got = repr(params)[:80]
+        raise GateworkError("sampling_params are of the wrong type", got=got, expected="SamplingParams, one or a list")
     if len(params) != count:
         raise GateworkError("sampling_params do not match the prompts", got=len(params), expected=f"one, or {count}")
     return list(params)

@@ -50,7 +50,7 @@ def build_plan(trt: Any, request: PlanRequest) -> Listing:
     Raises GateworkError with TensorRT's own words when it cannot parse or compile the graph.
     """
     logger = process_logger(trt)
-    with logger.writing_to(request.log):
+    with logger.writing_to(request.log, hide=os.fspath(request.graph.parent) + os.sep):
         builder = trt.Builder(logger)
         network = builder.create_network(_network_flags(trt))
         parser = trt.OnnxParser(network, logger)
@@ -132,10 +132,12 @@ def process_logger(trt: Any) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.file: IO[str] | None = None
+            self.hide = ""
             self.errors: list[str] = []
 
         @contextmanager
-        def writing_to(self, path: Path) -> Iterator[None]:
+        def writing_to(self, path: Path, hide: str = "") -> Iterator[None]:
+            self.hide = hide  # a path of this machine
             with path.open("w", encoding="utf-8") as self.file:
                 self.errors = []
                 try:
@@ -147,7 +149,7 @@ def process_logger(trt: Any) -> Any:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors.append(message)
             if self.file is not None and severity != trt.ILogger.VERBOSE:
-                self.file.write(f"[{severity.name}] {message}\n")
+                self.file.write(f"[{severity.name}] {message.replace(self.hide, '') if self.hide else message}\n")
 
     return Logger()
 

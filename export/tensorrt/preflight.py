@@ -10,7 +10,6 @@ from gatework.export.lower import WEIGHT_FORMATS
 from gatework.export.lower.experts import with_format
 from gatework.export.options import BuildOptions
 from gatework.export.sizes import GPU_VALUE, gpu_weight_bytes
-from gatework.export.targets import TARGETS
 from gatework.export.tensorrt.toolchain import Compiler, require_gpu
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import MoESizes
@@ -57,14 +56,17 @@ def preflight(config: ModelConfig, options: BuildOptions, compiler: Compiler) ->
         require_gpu("compiling a plan whose weights can be put in later")
     found = _measure(config, options, compiler)
     if not (found.fits or options.plan_only):
-        device = f"{options.target}'s {found.memory / 1e9:,.1f} GB"
+        cache = f"KV cache {_megabytes(found.kv_cache)} for {options.max_batch} sequences of {options.max_seq}"
         raise GateworkError(
-            f"the engine does not fit {device}",
-            got=f"{found.needed / 1e9:,.1f} GB: weights {(found.plan + found.experts) / 1e9:,.1f}, KV cache "
-            f"{found.kv_cache / 1e9:,.1f} for {options.max_batch} sequences of {options.max_seq}",
+            f"the engine does not fit the {_megabytes(found.memory)} of {options.target}",
+            got=f"{_megabytes(found.needed)}: weights {_megabytes(found.plan + found.experts)}, {cache}",
             fix=_alternatives(config, options, compiler),
         )
     return found
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"
 
 
 def _measure(config: ModelConfig, options: BuildOptions, compiler: Compiler) -> Preflight:
@@ -109,6 +111,4 @@ def _alternatives(config: ModelConfig, options: BuildOptions, compiler: Compiler
     if (batch := next((batch for batch in batches if fits(max_batch=batch)), None)) is not None:
         words.append(f"--max-batch {batch}")
     words += [f"--precision {each}" for each in options.device.precisions if fits(precision=each, calibration=None)]
-    others = (name for name, target in TARGETS.items() if options.precision in target.precisions and target.capability)
-    words += [f"--target {name}" for name in others if name != options.target and fits(target=name, device_memory=None)]
-    return " or ".join(words) or "use a smaller model, or --plan-only for the plan alone"
+    return " or ".join(words) or "use a larger device, or --plan-only for the plan alone"

@@ -48,6 +48,9 @@ class OrtBackend:
     """
 
     def __init__(self, engine: Engine, *, max_batch: int, threads: int | None = None) -> None:
+        if (target := engine.manifest["target"]) != "cpu":
+            fix = "build one with --target cpu"
+            raise GateworkError("this version runs CPU engines only", got=f"an engine for {target}", fix=fix)
         self.max_batch, self.max_seq = max_batch, engine.limits.max_seq
         self.session = _open_session(engine, threads)
         outputs = {output.name: output for output in self.session.get_outputs()}
@@ -59,7 +62,10 @@ class OrtBackend:
             if value.name.startswith("past."):
                 shape = (max_batch, *value.shape[1:])
                 self._cache[value.name.removeprefix("past.")] = np.zeros(shape, _ELEMENT_TYPES[value.type])
-        self._decode_steps: dict[int, _Step] = {}
+        self._decode_steps: dict[tuple[int, int], _Step] = {}  # (first slot, slots)
+        # ONNX Runtime's 4-bit kernels round one row otherwise than several, so that rows together would not give the tokens
+        # that they give alone.
+        self._one_by_one = engine.manifest["precision"] == "int4"
 
     def prefill(self, slot: int, tokens: list[int], start: int) -> np.ndarray:
         """Run `tokens` at positions start.. of a slot; returns the logits, [V] (or [S, V] from an all-logits graph)."""
@@ -71,11 +77,17 @@ class OrtBackend:
     def decode(self, tokens: list[int], positions: list[int]) -> np.ndarray:
         """Advance slot i by tokens[i] at positions[i]; returns logits [n, V], overwritten by the next call of this size."""
         self._check_room(max(positions) + 1)
-        count = len(tokens)
-        if count not in self._decode_steps:
-            self._decode_steps[count] = self._bind(0, count, 1)
-        step = self._decode_steps[count]
-        return step.run(self.session, np.array(tokens, np.int64)[:, None], np.array(positions, np.int64))[:, -1]
+        ids, starts = np.array(tokens, np.int64)[:, None], np.array(positions, np.int64)
+        if not self._one_by_one:
+            return self._decode(0, ids, starts)
+        return np.concatenate([self._decode(i, ids[i : i + 1], starts[i : i + 1]) for i in range(len(tokens))])
+
+    def _decode(self, slot: int, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Advance the slots from `slot` on; ids [n, 1], starts [n]."""
+        key = slot, len(ids)
+        if key not in self._decode_steps:
+            self._decode_steps[key] = self._bind(slot, len(ids), 1)
+        return self._decode_steps[key].run(self.session, ids, starts)[:, -1]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot's cache to another slot."""

@@ -25,7 +25,9 @@ def add(commands: Commands) -> None:
     parser = add_command(commands, "bench", "measure an engine's speed", _ABOUT, _EXAMPLES, run)
     parser.add_argument("engine", type=Path, metavar="ENGINE", help="engine directory")
     parser.add_argument("--prompt-tokens", type=positive, metavar="N", help="per prompt (default: 512, or what fits)")
-    parser.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="decoded per prompt (default: 64)")
+    parser.add_argument(
+        "--new-tokens", type=positive, metavar="N", help="decoded per prompt (default: 64, or what fits)"
+    )
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once (default: 1)")
     parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="repetitions (default: 3)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")

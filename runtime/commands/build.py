@@ -135,7 +135,11 @@ def _report(found: Preflight) -> None:
         ("plan", size(found.plan), "left out: stripped" if options.strip_weights else "dense weights, without kernels"),
         ("experts", size(found.experts), experts if config.moe else "none"),
         ("KV cache", size(found.kv_cache), f"{options.max_batch} sequences of {options.max_seq:,} positions"),
-        ("scratch", size(found.scratch), f"steps of {max(options.prefill_chunk, options.max_batch)} tokens"),
+        (
+            "scratch",
+            size(found.scratch),
+            f"estimated, for steps of {max(options.prefill_chunk, options.max_batch)} tokens",
+        ),
         ("in all", size(found.needed), f"of {size(found.memory)}: {'fits' if found.fits else 'DOES NOT FIT'}"),
     ]
     print(table(rows, "<><"), flush=True)

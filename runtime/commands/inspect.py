@@ -18,8 +18,8 @@ _ABOUT = """
     Print architecture, parameters and memory of a checkpoint folder, of a config.json or params.json file alone, or of an
     engine. No weights are read.
 
-    The memory table counts the weights and the KV cache of one sequence at full context (float32 for fp32, int8 and
-    int4, which are CPU formats here; bfloat16 for bf16 and fp8). Activations come on top.
+    The memory table counts the weights and the KV cache of one sequence at full context: float32 for fp32, int8 and
+    int4, as CPU engines have them; bfloat16 for bf16 and fp8, and for an engine built for a GPU. Activations come on top.
 """
 _EXAMPLES = """
     gatework inspect examples/tiny-mixtral

@@ -14,6 +14,7 @@ from gatework.runtime.tokenizer import load_tokenizer
 from gatework.runtime.verify.perplexity import windows
 
 _LONGEST_PROMPT = 1024
+_LEAST_TEXT = 256
 _TEXT_HEAD = 32
 _RANDOM_WINDOWS = 4
 
@@ -63,6 +64,9 @@ def make_plan(
     room = max_seq - tokens + 1
     rng = np.random.default_rng(0)
     text_ids = [] if text is None else _encode(engine, text)
+    if text is not None and len(text_ids) < _LEAST_TEXT:
+        got, expected = f"{len(text_ids)} tokens", f"at least {_LEAST_TEXT}; some thousands give figures to trust"
+        raise GateworkError("the text is too short to verify with", got=got, expected=expected)
     if prompts is None:
         chosen = {f"random prompt {n}": ids for n, ids in enumerate(_random_prompts(engine, room, rng), start=1)}
         if text_ids:

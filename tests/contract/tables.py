@@ -22,7 +22,7 @@ LAYER_KINDS = ("export/tensorrt/compile.py", "export/tensorrt/listing.py")
 
 # Attributes that our classes add to a class of TensorRT, by the first such base.
 OURS = {
-    "ILogger": {"errors", "file", "writing_to"},
+    "ILogger": {"errors", "file", "hide", "writing_to"},
     "IPluginCreatorV3One": {"error", "keeping_error", "launcher", "listed", "raising_errors", "trt"},
     "IPluginV3": {"attributes", "creator", "node", "sizes", "written"},
     "IProgressMonitor": {"bars", "close", "lock"},

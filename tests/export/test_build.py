@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gatework import LLM, SamplingParams
 from gatework.export import materialize
 from gatework.export.build import build_engine
 from gatework.export.checkpoint import Checkpoint
@@ -195,3 +196,12 @@ def test_writer_refuses_a_disk_that_is_too_small(tmp_path: Path) -> None:
     spec = TensorSpec("huge", torch.float32, (1 << 44,))
     with pytest.raises(GateworkError, match="no room"):
         SafetensorsWriter(tmp_path / "out.safetensors", [spec])
+
+
+@pytest.mark.parametrize("max_seq", [1, 3])
+def test_the_shortest_contexts_can_be_built(tmp_path: Path, max_seq: int) -> None:
+    checkpoint = make_checkpoint(tmp_path, "mixtral")
+    engine = build_engine(checkpoint, tmp_path / "engine", precision="fp32", max_seq=max_seq)
+    (completion,) = LLM(engine).generate([1], SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
+    assert len(completion.token_ids) == max_seq
+    assert completion.finish_reason == "length"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gatework.export.staging import new_directory
+from gatework.export.staging import check_free, new_directory
+from gatework.plugins.errors import GateworkError
 
 KILLED = """
 import os, signal, sys
@@ -54,3 +55,29 @@ def test_a_failed_block_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_force_replaces_folders_of_its_own_kind_only(tmp_path: Path) -> None:
+    engine, export = tmp_path / "engine", tmp_path / "export"
+    for folder, files in ((engine, ["manifest.json", "model.onnx"]), (export, ["model.onnx"])):
+        folder.mkdir()
+        for name in files:
+            (folder / name).write_text("{}")
+    check_free(engine, force=True)
+    check_free(export, force=True, kind="export")
+    for folder, kind in ((export, "engine"), (engine, "export")):
+        with pytest.raises(GateworkError, match="exists and is not empty; fix: choose another"):
+            check_free(folder, force=True, kind=kind)  # type: ignore[arg-type]
+
+
+def test_of_two_builds_at_once_the_slower_gives_way(tmp_path: Path) -> None:
+    out = tmp_path / "engine"
+
+    def build_both() -> None:
+        with new_directory(out, force=False), new_directory(out, force=False) as faster:
+            (faster / "manifest.json").write_text("faster")
+
+    with pytest.raises(GateworkError, match="exists and is not empty; fix: pass --force"):
+        build_both()
+    assert (out / "manifest.json").read_text() == "faster"
+    assert list(tmp_path.iterdir()) == [out]

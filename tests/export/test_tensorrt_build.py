@@ -79,6 +79,12 @@ def test_the_sizes_foretold_are_those_written(engine: Path) -> None:
     assert sum(gpu_weight_bytes(config, manifest["precision"], group)) == manifest["weight_bytes"]["total"]
 
 
+def test_the_log_names_no_path_of_this_machine(engine: Path, checkpoint: Path) -> None:
+    log = (engine / "builder.log").read_text()
+    assert "Input filename:   model.onnx" in log
+    assert str(checkpoint.parent) not in log + (engine / "manifest.json").read_text()
+
+
 def test_every_product_is_stored_in_the_precision_asked_for(engine: Path) -> None:
     manifest = manifest_of(engine)
     precision, model = manifest["precision"], manifest["model"]
@@ -170,8 +176,12 @@ def test_plan_only_leaves_the_experts_out(mixtral: Path) -> None:
             "int4 has no static scales; got a calibration",
         ),
         ({"target": "a100", "precision": "bf16", "strip_weights": True}, "needs a GPU; got none"),
+        ({"target": "a100", "precision": "bf16", "group_size": 64}, "bf16 on a100 has no groups of weights; got .* 64"),
         ({"target": "cpu", "precision": "int8", "plan_only": True}, "plan_only is for GPU targets"),
-        ({"target": "a100", "precision": "int4", "device_memory": 10**5}, "does not fit a100's 0.0 GB"),
+        (
+            {"target": "a100", "precision": "int4", "device_memory": 10**5},
+            "not fit the 0.1 MB of a100; got .*: weights",
+        ),
     ],
 )
 def test_impossible_builds_are_refused_before_any_work(mixtral: Path, settings: dict[str, Any], message: str) -> None:

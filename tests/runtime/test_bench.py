@@ -58,6 +58,8 @@ def test_every_round_decodes_what_was_asked_for(engine: Path, monkeypatch: pytes
 
 def test_prompt_shrinks_to_what_fits(engine: Path) -> None:
     assert bench(engine, new_tokens=10, repeat=1)["prompt_tokens"] == 64 - 10
+    result = bench(engine, repeat=1)
+    assert (result["prompt_tokens"], result["new_tokens"]) == (32, 32)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ import itertools
 import math
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import gatework
 from gatework import LLM, SamplingParams
 from gatework.export.build import build_engine
 from gatework.plugins.errors import GateworkError
@@ -50,6 +52,37 @@ def test_batch_company_changes_nothing(llm: LLM, alone: list[list[int]]) -> None
     for completion, param, tokens in zip(together, params, alone, strict=True):
         assert completion.token_ids == tokens[: param.max_tokens]
         assert completion.finish_reason == "length"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_batch_company_changes_no_bit(tmp_path: Path, precision: str) -> None:
+    """Logprobs are equal to the last bit, in every precision: no near tie can fall otherwise."""
+    llm = LLM(build_engine(CHECKPOINT, tmp_path / "engine", precision=precision, max_seq=64))
+    ids = np.random.default_rng(0).integers(3, 2048, (6, 17)).tolist()
+    prompts = [row[: 2 + 3 * i] for i, row in enumerate(ids)]
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=1)
+    together = [completion.logprobs for completion in llm.generate(prompts, params)]
+    assert together == [llm.generate(prompt, params)[0].logprobs for prompt in prompts]
+
+
+WRONG_CALLS: dict[str, Callable[[LLM], object]] = {
+    "no prompt": lambda llm: llm.generate(None),
+    "a number": lambda llm: llm.generate(5),
+    "bytes": lambda llm: llm.generate(b"text"),
+    "a dict": lambda llm: llm.generate({"a": 1}),
+    "truth values": lambda llm: llm.generate([True, False]),
+    "a dict of parameters": lambda llm: llm.generate("text", {"max_tokens": 3}),
+    "no threads": lambda llm: LLM(llm.engine.path, threads=0),
+    "too many threads": lambda llm: LLM(llm.engine.path, threads=100_000),
+    "threads as text": lambda llm: LLM(llm.engine.path, threads="2"),
+    "an unknown check": lambda llm: LLM(llm.engine.path, check="ful"),
+}
+
+
+@pytest.mark.parametrize("call", WRONG_CALLS.values(), ids=WRONG_CALLS)
+def test_arguments_of_the_wrong_kind_are_one_line(llm: LLM, call: Callable[[LLM], object]) -> None:
+    with pytest.raises(gatework.GateworkError, match=r"got .*; expected "):
+        call(llm)
 
 
 def test_chunked_prefill_changes_nothing(alone: list[list[int]], tmp_path: Path) -> None:

@@ -273,11 +273,12 @@ def test_prompts_and_bounds_of_ones_own(sound: tuple[Path, Path]) -> None:
     assert verify(engine, path, prompts=[[1, 2, 3]], tokens=5, bounds=loose).passed
 
 
-def test_a_text_of_one_token_compares_nothing_and_fails(tiny: dict[str, Path]) -> None:
-    report = verify(tiny["int8"], TINY, text="", tokens=2)
-    assert not named(report, "perplexity change").passed
-    assert not report.passed
-    json.dumps(report.to_dict(), allow_nan=False)
+@pytest.mark.parametrize("text", ["", "import os\n"])
+def test_a_text_too_short_to_judge_by_is_refused(tiny: dict[str, Path], text: str) -> None:
+    with pytest.raises(
+        GateworkError, match=r"the text is too short to verify with; got \d tokens; expected at least 256"
+    ):
+        verify(tiny["int8"], TINY, text=text, tokens=2)
 
 
 def test_a_report_without_bounds_does_not_pass(sound: tuple[Path, Path]) -> None:
