@@ -63,7 +63,7 @@ class OrtBackend:
                 shape = (max_batch, *value.shape[1:])
                 self._cache[value.name.removeprefix("past.")] = np.zeros(shape, _ELEMENT_TYPES[value.type])
         self._decode_steps: dict[tuple[int, int], _Step] = {}  # (first slot, slots)
-        # ONNX Runtime's 4-bit kernels round one row otherwise than several, so that rows together would not give the tokens
+        # ONNX Runtime's 4-bit kernels round one row otherwise than several, so rows together would not give the tokens
         # that they give alone.
         self._one_by_one = engine.manifest["precision"] == "int4"
 
