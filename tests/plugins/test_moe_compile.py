@@ -94,7 +94,6 @@ def test_arguments_are_the_compiled_ones(sm: int, weight_format: Any, has_bias: 
         assert len(launch.values) == len(kernel.arguments) - 2
         assert [name for name, _ in kernel.arguments[-2:]] == ["global_scratch", "profile_scratch"]
         assert re.findall(r"\.reqntid (\d+)", ptx) == [str(kernel.block[0])]
-        assert "gatework" not in entry
 
 
 def test_saved_kernels_load(tmp_path: Path) -> None:
@@ -103,7 +102,9 @@ def test_saved_kernels_load(tmp_path: Path) -> None:
     save(tmp_path / "kernels", 80, listed)
     found = load(tmp_path / "kernels")
     assert found == {variant.name: compile_variant(variant, 80) for variant in listed}
-    assert all(kernel.cubin.startswith(b"\x7fELF") for kernel in found.values())
+    for kernel in found.values():
+        assert kernel.cubin.startswith(b"\x7fELF")
+        assert b".py" not in kernel.cubin, "names a file of the machine that compiled it"
 
 
 def test_refusal_names_the_kernel() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -119,6 +121,13 @@ def test_grid_has_a_tile_for_every_load(seed: int) -> None:
     for logits in (skewed, np.broadcast_to(np.arange(E), (T, E))):
         loads = np.bincount(np.argsort(-logits, axis=1)[:, :K].ravel(), minlength=E)
         assert np.ceil(loads / BM).sum() <= gemm_in.values[-1]
+
+
+def test_table_and_saved_kernels_need_no_compiler() -> None:
+    names = ("launches", "compile")
+    imports = "; ".join(f"import gatework.plugins.moe.kernels.{name}" for name in names)
+    script = f"import sys; {imports}; print(sorted({{'triton', 'torch', 'onnx'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_capacity_is_the_definition() -> None:

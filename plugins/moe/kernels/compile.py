@@ -87,7 +87,9 @@ def triton_compile(variant: Variant, sm: int) -> Any:
     source = ASTSource(function, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     try:
-        return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+        with triton.knobs.compilation.scope():
+            triton.knobs.compilation.disable_line_info = True  # it would carry this machine's paths into the cubin
+            return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     except Exception as error:
         raise GateworkError(f"Triton does not compile {variant.kernel} for sm_{sm}", got=str(error)) from error
 
@@ -109,13 +111,17 @@ def _resources(cubin: bytes, entry: str) -> tuple[int, int]:
 
 def save(directory: Path, sm: int, variants: Iterable[Variant]) -> None:
     """Compile and write; the same variants give the same index."""
+    import triton
+
     directory.mkdir(parents=True, exist_ok=True)
     index = []
     for variant in variants:
         entry = asdict(compile_variant(variant, sm))
         (directory / f"{variant.name}.cubin").write_bytes(entry.pop("cubin"))
         index.append(entry)
-    (directory / INDEX).write_text(json.dumps({"sm": sm, "kernels": index}, indent=1) + "\n")
+    (directory / INDEX).write_text(
+        json.dumps({"sm": sm, "triton": triton.__version__, "kernels": index}, indent=1) + "\n"
+    )
 
 
 def load(directory: Path) -> dict[str, Compiled]:
