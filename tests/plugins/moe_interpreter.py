@@ -1,0 +1,138 @@
+"""Runs the launch table of `gatework::MoE` under Triton's interpreter, in a process of its own.
+
+Triton reads TRITON_INTERPRET when it is first imported, and what it then makes of a kernel cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Container, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from gatework.plugins.moe.kernels.launches import launches
+from gatework.plugins.moe.spec import MoEAttributes, check_shapes
+from gatework.plugins.moe.workspace import ALIGNMENT, buffers, layout
+from tests.plugins.moe_cases import Array
+
+GUARD = 64  # bytes behind every buffer that no kernel may touch
+ARRAYS = {"*fp16": "float16", "*bf16": "bfloat16", "*fp32": "float32", "*i32": "int32", "*i8": "int8", "*u8": "uint8"}
+ALL = ("route", "drop", "dispatch", "quantize", "gemm_in", "gemm_out", "combine")
+ARRAYS |= {"*fp8e4nv": "float8_e4m3fn"}
+
+
+@contextmanager
+def interpreter() -> Iterator[Executor]:
+    """An executor whose one process interprets kernels."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin) as pool:
+        yield pool
+
+
+def _begin() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    _mend_interpreter()
+
+
+def _mend_interpreter() -> None:
+    """Make conversions to and from bfloat16 and float8, and products in them, what GPUs make of them.
+
+    Triton 3.7's interpreter keeps both as bits in integers: it cuts float32 off instead of rounding it to bfloat16, drops
+    the carry when it rounds to float8, makes a bfloat16 of an integer's bits, and multiplies bfloat16's bits as integers.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    numbers = {tl.bfloat16: np.dtype(ml_dtypes.bfloat16), tl.float8e4nv: np.dtype(ml_dtypes.float8_e4m3fn)}
+    builder, original_dot = interpreter.InterpreterBuilder, interpreter.InterpreterBuilder.create_dot
+
+    def cast(self: Any, source: Any, target: Any, *rounding: Any) -> Any:
+        have, want = source.dtype.scalar, target.scalar
+        values = source.data.view(numbers.get(have, source.data.dtype))
+        bits = interpreter._get_np_dtype(want)
+        return interpreter.TensorHandle(values.astype(numbers.get(want, bits)).view(bits), want)
+
+    def dot(self: Any, a: Any, b: Any, total: Any, *options: Any) -> Any:
+        if a.dtype.scalar in numbers:
+            a, b = (cast(self, each, tl.float32) for each in (a, b))
+        return original_dot(self, a, b, total, *options)
+
+    casts = [name for name in vars(builder) if name.startswith("create_") and "_to_" in name and "ptr" not in name]
+    for name in (*casts, "create_int_cast", "create_fp_trunc", "create_fp_ext", "cast_impl"):
+        setattr(builder, name, cast)
+    builder.create_dot = dot
+
+
+def interpret(
+    sm: int,
+    attributes: MoEAttributes,
+    inputs: dict[str, Array],
+    dtype: Literal["float16", "bfloat16"],
+    kernels: Container[str] = ALL,
+) -> dict[str, Array]:
+    """y and the workspace's buffers, by name, after all launches of `kernels`.
+
+    Inputs are as in `moe_cases`; what is float32 there and not so by definition becomes `dtype`. Memory is filled
+    with NaN bytes first, what lies behind a buffer must not change, and neither must the inputs.
+    """
+    sizes = check_shapes(attributes, {name: value.shape for name, value in inputs.items()})
+    narrow = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    kept = ("router_logits", "w_in_scale", "w_out_scale")
+    arrays = {
+        name: value if name in kept or value.dtype != np.float32 else value.astype(narrow)
+        for name, value in inputs.items()
+    }
+    workspace = layout(sizes, attributes, narrow.itemsize)
+    memory = {name: _guarded(value) for name, value in arrays.items()}
+    memory |= {"y": np.full(sizes.T * sizes.D * narrow.itemsize + GUARD, 0xFF, np.uint8)}
+    scratch = np.full(workspace.total + GUARD, 0xFF, np.uint8)
+    memory |= {name: scratch[offset:] for name, offset in workspace.offsets.items()}
+    for launch in launches(sm, sizes, attributes, dtype, has_bias="b_in" in inputs):
+        if launch.variant.kernel in kernels:
+            _run(launch, memory)
+
+    for name, block in (memory | {"scratch": scratch}).items():
+        if name not in workspace.offsets:
+            assert (block[-GUARD:] == 0xFF).all(), f"written beyond {name}"
+    for name, value in arrays.items():
+        assert memory[name][:-GUARD].tobytes() == value.tobytes(), f"{name} was changed"
+    return _views(memory, sizes, attributes, narrow)
+
+
+def _guarded(value: Array) -> Array:
+    return np.concatenate([np.frombuffer(value.tobytes(), np.uint8), np.full(GUARD, 0xFF, np.uint8)])
+
+
+def _run(launch: Any, memory: dict[str, Array]) -> None:
+    import torch
+
+    from gatework.plugins.moe.kernels.registry import KERNELS
+
+    types = {"float8_e4m3fn": torch.float8_e4m3fn}
+    given: dict[str, Any] = dict(launch.variant.constants)
+    for (name, kind), value in zip(launch.variant.arguments, launch.values, strict=True):
+        if kind == "i32":
+            assert isinstance(value, int)
+            given[name] = value
+            continue
+        block = torch.from_numpy(memory[str(value)])
+        dtype = types.get(ARRAYS[kind]) or getattr(torch, ARRAYS[kind])
+        given[name] = block[: len(block) // dtype.itemsize * dtype.itemsize].view(dtype)
+    KERNELS[launch.variant.kernel][launch.grid](**given)
+
+
+def _views(memory: dict[str, Array], sizes: Any, attributes: MoEAttributes, narrow: Any) -> dict[str, Array]:
+    codes = {"fp8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn), "int8": np.dtype(np.int8)}.get(attributes.weight_format)
+    dtypes = {"topk_ids": np.int32, "expert_offsets": np.int32, "token_order": np.int32, "hidden": narrow}
+    dtypes |= {"x_codes": codes, "hidden_codes": codes}
+    views = {"y": memory["y"][:-GUARD].view(narrow).reshape(sizes.T, sizes.D)}
+    for name, (shape, itemsize) in buffers(sizes, attributes, narrow.itemsize).items():
+        size = int(np.prod(shape)) * itemsize
+        flat, gap = memory[name][:size], memory[name][size : -(-size // ALIGNMENT) * ALIGNMENT]
+        assert (gap == 0xFF).all(), f"written beyond {name}"
+        views[name] = flat.view(dtypes.get(name, np.float32)).reshape(shape)
+    return views

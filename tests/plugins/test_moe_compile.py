@@ -1,0 +1,113 @@
+"""The GPU kernels compiled ahead of time: the instructions they use, what they need, and how they are called. No GPU."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe.kernels.compile import Compiled, compile_variant, load, save, triton_compile
+from gatework.plugins.moe.kernels.launches import MOST_SHARED, Variant, launches, variants
+from gatework.plugins.moe.spec import MoEAttributes, MoESizes
+
+FEW, SOME, MANY = 16, 64, 4096
+MIXTRAL = MoESizes(T=MANY, D=4096, E=8, I=14336)
+FORMATS = [("dense", 0), ("int8", 0), ("int4", 128), ("fp8_e4m3", 0)]
+TARGETS = [(sm, *each) for sm in (80, 90) for each in FORMATS if (sm, each[0]) != (80, "fp8_e4m3")]
+# What multiplies in tiles of 64 rows and more.
+WARPGROUP = {
+    "dense": "wgmma.mma_async.sync.aligned.m64n{}k16.f32.bf16.bf16",
+    "int4": "wgmma.mma_async.sync.aligned.m64n{}k16.f32.bf16.bf16",
+    "int8": "wgmma.mma_async.sync.aligned.m64n{}k32.s32.s8.s8",
+    "fp8_e4m3": "wgmma.mma_async.sync.aligned.m64n{}k32.f32.e4m3.e4m3",
+}
+WARP = {
+    "dense": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+    "int4": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+    "int8": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
+}
+
+
+@cache
+def compiled(variant: Variant, sm: int) -> tuple[Compiled, str]:
+    """With its PTX."""
+    return compile_variant(variant, sm), triton_compile(variant, sm).asm["ptx"]
+
+
+def products(sm: int, attributes: MoEAttributes, T: int, dtype: Any = "bfloat16") -> list[Variant]:
+    listed = launches(sm, MIXTRAL._replace(T=T), attributes, dtype)
+    return [launch.variant for launch in listed if launch.variant.kernel.startswith("gemm")]
+
+
+@pytest.mark.parametrize(("sm", "weight_format", "group_size"), TARGETS)
+def test_instructions(sm: int, weight_format: Any, group_size: int) -> None:
+    attributes = MoEAttributes(top_k=2, weight_format=weight_format, group_size=group_size)
+    for T in (FEW, SOME, MANY):
+        for variant in products(sm, attributes, T):
+            kernel, ptx = compiled(variant, sm)
+            constants = dict(variant.constants)
+            expected = WARP["dense"] if T == FEW else WARP.get(weight_format)
+            if sm == 90 and T > FEW:
+                expected = WARPGROUP[weight_format].format(constants["BN"])
+            found = set(re.findall(r"\b(?:wgmma\.mma_async|mma)\.sync\.[\w.]+", ptx))
+            assert found == {expected}, (T, variant.kernel, found)
+            assert "cp.async.cg.shared.global" in ptx, "weights must arrive in the background"
+            assert kernel.spills == 0, (T, variant.kernel, kernel.registers, kernel.spills)
+
+
+@pytest.mark.parametrize("glu", ["none", "three_way"])
+@pytest.mark.parametrize(("sm", "weight_format"), [(80, "dense"), (90, "dense"), (90, "int8")])
+def test_other_gates_do_not_spill(sm: int, weight_format: Any, glu: Any) -> None:
+    attributes = MoEAttributes(top_k=2, glu=glu, activation="gelu_tanh", weight_format=weight_format)
+    for T in (FEW, SOME, MANY):
+        variant = products(sm, attributes, T, "float16")[0]
+        kernel, _ = compiled(variant, sm)
+        assert kernel.spills == 0, (T, kernel.registers, kernel.spills)
+
+
+@pytest.mark.parametrize(("sm", "weight_format", "group_size"), TARGETS)
+def test_every_kernel_fits_and_is_deterministic(sm: int, weight_format: Any, group_size: int) -> None:
+    attributes = MoEAttributes(top_k=2, weight_format=weight_format, group_size=group_size, capacity_factor=1.0)
+    for variant in variants(sm, MIXTRAL, attributes, "bfloat16"):
+        kernel, ptx = compiled(variant, sm)
+        assert kernel.spills == 0
+        assert 0 < kernel.registers * kernel.block[0] <= 65536
+        assert kernel.shared <= MOST_SHARED[sm]
+        assert not re.search(r"\b(atom|red)\.", ptx), "atomics add in any order"
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("sm", "weight_format"), [(80, "dense"), (90, "fp8_e4m3")])
+def test_arguments_are_the_compiled_ones(sm: int, weight_format: Any, has_bias: bool) -> None:
+    """Names, order and widths in the PTX, Triton's two hidden addresses included; and every launch passes as many."""
+    attributes = MoEAttributes(top_k=2, weight_format=weight_format, capacity_factor=1.0)
+    for launch in launches(sm, MIXTRAL._replace(T=SOME), attributes, "bfloat16", has_bias=has_bias):
+        kernel, ptx = compiled(launch.variant, sm)
+        (entry,) = re.findall(r"\.visible \.entry (\w+)\(", ptx)
+        parameters = re.findall(rf"\.param \.(u64|u32)[\w .]* {entry}_param_\d+", ptx.split("\n)")[0])
+        assert kernel.entry == entry
+        assert parameters == ["u64" if kind.startswith("*") else "u32" for _, kind in kernel.arguments]
+        assert len(launch.values) == len(kernel.arguments) - 2
+        assert [name for name, _ in kernel.arguments[-2:]] == ["global_scratch", "profile_scratch"]
+        assert re.findall(r"\.reqntid (\d+)", ptx) == [str(kernel.block[0])]
+
+
+def test_saved_kernels_load(tmp_path: Path) -> None:
+    sizes, attributes = MoESizes(T=16, D=48, E=3, I=40), MoEAttributes(top_k=2)
+    listed = variants(80, sizes, attributes, "float16")
+    save(tmp_path / "kernels", 80, listed)
+    found = load(tmp_path / "kernels")
+    assert found == {variant.name: compile_variant(variant, 80) for variant in listed}
+    for kernel in found.values():
+        assert kernel.cubin.startswith(b"\x7fELF")
+        assert b".py" not in kernel.cubin, "names a file of the machine that compiled it"
+
+
+def test_refusal_names_the_kernel() -> None:
+    variant = products(90, MoEAttributes(top_k=2, weight_format="fp8_e4m3"), SOME)[0]
+    with pytest.raises(GateworkError, match="Triton does not compile gemm_in for sm_80"):
+        compile_variant(variant, 80)
