@@ -10,9 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
+import onnx_ir as ir
+
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import Dtype
 from gatework.export.lower import lower_to_cpu
+from gatework.export.lower.packed import to_contrib
 from gatework.export.materialize import write_model
 from gatework.export.onnx_export import add_function_body, trace
 from gatework.export.options import BuildOptions, fit_length
@@ -104,7 +107,12 @@ def _compile_cpu(
     assert options.max_seq is not None
     model = trace(checkpoint.config, options.max_seq)
     model = lower_to_cpu(model, checkpoint.config, options.precision, options.group)  # type: ignore[arg-type]
-    return write_model(model, checkpoint, directory, progress=progress), weight_facts(model, checkpoint.config)
+    names, facts = write_model(model, checkpoint, directory, progress=progress), weight_facts(model, checkpoint.config)
+    model, modified = to_contrib(model)
+    if modified:  # the same for machines without the kernels' library
+        ir.save(model, directory / engine_format.FALLBACK)
+        names.append(engine_format.FALLBACK)
+    return names, facts
 
 
 def export_onnx(

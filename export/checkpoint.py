@@ -21,6 +21,7 @@ from gatework.export.sources import Source, find_source
 from gatework.export.stored import TORCH_DTYPES, Stored
 from gatework.export.weights import Piece, Weight, WeightMap
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe.cpu_ops import BLOCK_ROWS
 
 PART_BYTES = 64 << 20
 SAMPLE_BYTES = 256  # of every tensor, in the fingerprint
@@ -130,7 +131,7 @@ class Checkpoint:
     def parts(self, name: str, *, max_bytes: int = PART_BYTES) -> Iterator[Tensor]:
         """A canonical weight in pieces along axis 0, in order, so that memory stays bounded by one of them.
 
-        Experts come one by one as [out, in]; other weights in blocks of rows of at most `max_bytes` (at least one row).
+        Experts come one by one as [out, in]; other weights in multiples of 16 rows, as many as `max_bytes` hold.
         """
         weight = self.weights[name]
         total = count_rows(weight)
@@ -138,7 +139,7 @@ class Checkpoint:
             step = weight.shape[1]
         else:
             row = math.prod(weight.shape[1:]) * self.dtype(name).itemsize
-            step = max(1, max_bytes // row)
+            step = max(1, max_bytes // row // BLOCK_ROWS) * BLOCK_ROWS
         for start in range(0, total, step):
             yield self.rows(name, start, min(start + step, total))
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gatework.plugins.moe.cpu_ops import BLOCK_ROWS, STEP_BYTES
+
 # Fractions of the largest weight that may set the scale of a 4-bit group; the one with the least squared error wins.
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 FP8_LARGEST = 448.0  # of float8_e4m3fn
@@ -47,6 +49,19 @@ def quantize_rows(
         stored = scales[part].float()
         codes[part] = _pack_nibbles(_codes(w, stored, 4)) if bits == 4 else _codes(w, stored, 8)
     return codes, scales
+
+
+def in_blocks(codes: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Rows that `quantize_rows` made, in the layout of the CPU kernels (plugins/moe/cpu/layout.h).
+
+    Returns:
+        codes [blocks, steps, 16, 4] and scales [blocks, groups, 16]; rows that fill up the last block are zeros.
+    """
+    filler = -len(codes) % BLOCK_ROWS
+    zero = 0x88 if bits == 4 else 0x80
+    codes = F.pad(codes.flatten(1), (0, 0, 0, filler), value=zero).unflatten(0, (-1, BLOCK_ROWS))
+    scales = F.pad(scales, (0, 0, 0, filler)).unflatten(0, (-1, BLOCK_ROWS))
+    return codes.unflatten(2, (-1, STEP_BYTES)).transpose(1, 2).contiguous(), scales.transpose(1, 2).contiguous()
 
 
 def quantize_int8_rows(rows: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

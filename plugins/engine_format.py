@@ -11,6 +11,7 @@ from gatework.plugins.machine import usable_cpus
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+FALLBACK = "fallback.onnx"  # of a CPU engine: the graph for machines without the CPU kernels' library
 
 # Files that make a tokenizer; the builder copies those that a checkpoint has, the runtime reads them from the engine.
 TOKENIZER_FILES = (

@@ -12,9 +12,10 @@ from gatework.export.lower.embedding import to_gather_block_quantized
 from gatework.export.lower.experts import quantize_experts
 from gatework.export.lower.graph import tidy
 from gatework.export.lower.last_position import hoist_last_position
-from gatework.export.lower.linear import to_fused_matmul, to_matmul_nbits
+from gatework.export.lower.linear import to_fused_matmul
 from gatework.export.lower.moe import to_contrib_moe
 from gatework.export.lower.norm import fuse_residual_norm
+from gatework.export.lower.packed import to_packed_matmul, to_packed_moe
 from gatework.export.lower.products import Scales, quantize_products
 from gatework.plugins.moe.spec import WeightFormat
 
@@ -38,9 +39,11 @@ def lower_to_cpu(model: ir.Model, config: ModelConfig, precision: CpuPrecision, 
     bits = BITS[precision]
     model, _ = hoist_last_position(model)
     model, _ = to_group_query_attention(model, config)
-    model, _ = to_contrib_moe(model, bits=bits, group=group)
-    if bits is not None:
-        model, _ = to_matmul_nbits(model, bits=bits, group=group)
+    if bits is None:
+        model, _ = to_contrib_moe(model)
+    else:
+        model, _ = to_packed_moe(model, bits=bits, group=group)
+        model, _ = to_packed_matmul(model, bits=bits, group=group)
         model, _ = to_gather_block_quantized(model, bits=bits, group=group)
     model, _ = to_fused_matmul(model)
     model, _ = fuse_residual_norm(model)

@@ -6,13 +6,16 @@ prompt in chunks; decode advances slots 0..n-1 by one token each. Rows never see
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
 
+from gatework.plugins import engine_format
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import usable_cpus
+from gatework.plugins.moe import cpu_ops
 from gatework.runtime.engine import Engine
 
 _GRAPH = "model.onnx"
@@ -52,7 +55,7 @@ class OrtBackend:
             fix = "build one with --target cpu"
             raise GateworkError("this version runs CPU engines only", got=f"an engine for {target}", fix=fix)
         self.max_batch, self.max_seq = max_batch, engine.limits.max_seq
-        self.session = _open_session(engine, threads)
+        self.session, native = _open_session(engine, threads)
         outputs = {output.name: output for output in self.session.get_outputs()}
         self._all_logits = outputs["logits"].shape[1] != 1
         self._input_names = [value.name for value in self.session.get_inputs()]
@@ -65,7 +68,7 @@ class OrtBackend:
         self._decode_steps: dict[tuple[int, int], _Step] = {}  # (first slot, slots)
         # ONNX Runtime's 4-bit kernels round one row otherwise than several, so rows together would not give the tokens
         # that they give alone.
-        self._one_by_one = engine.manifest["precision"] == "int4"
+        self._one_by_one = engine.manifest["precision"] == "int4" and not native
 
     def prefill(self, slot: int, tokens: list[int], start: int) -> np.ndarray:
         """Run `tokens` at positions start.. of a slot; returns the logits, [V] (or [S, V] from an all-logits graph)."""
@@ -120,12 +123,30 @@ class OrtBackend:
         return step
 
 
-def _open_session(engine: Engine, threads: int | None) -> ort.InferenceSession:
+def _open_session(engine: Engine, threads: int | None) -> tuple[ort.InferenceSession, bool]:
+    """The session, and whether it uses this package's kernels."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or usable_cpus()
     options.inter_op_num_threads = 1
+    native = engine_format.FALLBACK in engine.manifest["files"] and _register_kernels(options)
+    graph = _GRAPH if native or engine_format.FALLBACK not in engine.manifest["files"] else engine_format.FALLBACK
     try:
-        return ort.InferenceSession(engine.path / _GRAPH, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(engine.path / graph, options, providers=["CPUExecutionProvider"]), native
     except Exception as error:  # ONNX Runtime raises many unrelated types
-        raise GateworkError(f"ONNX Runtime cannot load {engine.path / _GRAPH}: {error}") from error
+        raise GateworkError(f"ONNX Runtime cannot load {engine.path / graph}: {error}") from error
+
+
+def _register_kernels(options: ort.SessionOptions) -> bool:
+    """Let a session find the CPU kernels; says so once if it has to do without."""
+    library = cpu_ops.find_library()
+    if library is not None and ort.__version__.startswith(cpu_ops.ORT_VERSIONS):
+        options.register_custom_ops_library(str(library))
+        return True
+    if library is None:
+        reason = "gatework was installed without a C++ compiler, so it has no CPU kernels of its own"
+    else:
+        tested = " and ".join(cpu_ops.ORT_VERSIONS)
+        reason = f"gatework's CPU kernels were tested with ONNX Runtime {tested}, and this is {ort.__version__}"
+    warnings.warn(f"{reason}; ONNX Runtime's are used, which are slower", stacklevel=2)  # shown once
+    return False

@@ -1,0 +1,192 @@
+"""Products and experts in 8 or 4 bits -> the CPU kernels' PackedMatMul and PackedMoE, and from those to ONNX Runtime's own
+MatMulNBits and QMoE, for machines without the kernels' library.
+
+Both graphs read the same weights, in the kernels' layout; ONNX Runtime rearranges them when it loads the second.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gatework.export.groups import HEAD_BITS, HEAD_GROUP, PADDED_GROUP, fit_group
+from gatework.export.lower.experts import attributes_of, moe_nodes
+from gatework.export.lower.graph import MS, Builder, linear_users, linear_weight, replace
+from gatework.export.lower.moe import SILU_GATE
+from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
+from gatework.export.quantize import in_blocks, quantize_rows
+from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe import cpu_ops
+from gatework.plugins.moe.cpu_ops import BLOCK_ROWS, STEP_BYTES
+from gatework.plugins.moe.spec import DOMAIN
+
+_HEAD = "lm_head.weight"
+
+
+def encode_blocks(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Codes [blocks, steps, 16, 4] and scales [blocks, groups, 16] of rows [N, K]."""
+    return in_blocks(*quantize_rows(rows, bits, group, torch.bfloat16), bits)
+
+
+def block_shapes(N: int, K: int, bits: int, group: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what `encode_blocks` returns."""
+    blocks, groups = -(-N // BLOCK_ROWS), -(-K // group)
+    steps = groups * group * bits // 8 // STEP_BYTES
+    return (blocks, steps, BLOCK_ROWS, STEP_BYTES), (blocks, groups, BLOCK_ROWS)
+
+
+def to_packed_matmul(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model, bool]:
+    """Quantise every product with a weight but the routers'; the output head takes 8 bits at least.
+
+    Pre: canonical MatMul nodes.
+    """
+    modified = False
+    for node in list(model.graph):
+        weight = linear_weight(node)
+        if weight is None or ".router." in (weight.name or ""):
+            continue
+        pack = pack_of(weight)
+        (spec,) = pack.outputs
+        N, K = static_shape(weight)
+        name = spec.name if linear_users(weight) == len(weight.uses()) else _HEAD  # tied to the embedding
+        width, widest = (HEAD_BITS, HEAD_GROUP) if name == _HEAD and bits < HEAD_BITS else (bits, group)
+        size = fit_group(K, widest) or min(widest, PADDED_GROUP)  # the last group of an odd row is padded
+        codes, scales = block_shapes(N, K, width, size)
+        outputs = _specs(name, codes, scales)
+        encode = partial(encode_blocks, bits=width, group=size)
+        packed = add_packed(model.graph, Pack(pack.sources, outputs, encode))
+        settings = {"N": N, "K": K, "bits": width, "group_size": size}
+        (y,) = Builder(model.graph, node).op(cpu_ops.MATMUL, node.inputs[0], *packed, domain=DOMAIN, **settings)
+        replace(node.outputs[0], y)
+        modified = True
+    return model, modified
+
+
+def to_packed_moe(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model, bool]:
+    """Quantise every MoE's experts.
+
+    Pre: gatework::MoE nodes with dense weights. Post: an expert's width is padded with zeros to whole groups, which changes
+    no result.
+    """
+    nodes = moe_nodes(model)
+    for node in nodes:
+        attributes = attributes_of(node)
+        x, router_logits, w_in, w_out = node.inputs[:4]
+        assert w_in is not None and w_out is not None
+        E, D, I = static_shape(w_out)
+        size = _expert_group(D, group)
+        I += -I % size
+        fc1 = add_packed(model.graph, _experts_in(w_in, attributes.matrices, I, bits, size))
+        fc2 = add_packed(model.graph, _experts_out(w_out, I, bits, size))
+        settings = {name: value for name, value in attributes.to_onnx().items() if name != "weight_format"}
+        settings |= {"bits": bits, "group_size": size, "hidden_size": D, "expert_width": I, "num_experts": E}
+        (y,) = Builder(model.graph, node).op(
+            cpu_ops.MOE, x, router_logits, *fc1, *fc2, domain=DOMAIN, **settings
+        )
+        replace(node.outputs[0], y)
+    return model, bool(nodes)
+
+
+def _expert_group(hidden: int, group: int) -> int:
+    size = fit_group(hidden, group)
+    if size is None:
+        fix = "use --precision fp32"
+        raise GateworkError(
+            "experts cannot be quantised", got=f"hidden size {hidden}", expected="a multiple of 16", fix=fix
+        )
+    return size
+
+
+def _specs(name: str, codes: tuple[int, ...], scales: tuple[int, ...]) -> tuple[TensorSpec, TensorSpec]:
+    return TensorSpec(f"{name}.codes", torch.uint8, codes), TensorSpec(f"{name}.scales", torch.bfloat16, scales)
+
+
+def _experts_in(w_in: ir.Value, matrices: int, width: int, bits: int, group: int) -> Pack:
+    (spec,) = pack_of(w_in).outputs
+    E, _, D = spec.shape
+    codes, scales = block_shapes(width, D, bits, group)
+
+    def encode(part: Tensor) -> tuple[Tensor, ...]:
+        rows = part.unflatten(0, (matrices, -1))
+        padded = F.pad(rows, (0, 0, 0, width - rows.shape[1]))
+        return encode_blocks(padded.flatten(0, 1), bits, group)  # a width of whole groups is one of whole blocks
+
+    return Pack((spec.name,), _specs(spec.name, (E, matrices, *codes), (E, matrices, *scales)), encode)
+
+
+def _experts_out(w_out: ir.Value, width: int, bits: int, group: int) -> Pack:
+    (spec,) = pack_of(w_out).outputs
+    E, D, _ = spec.shape
+    codes, scales = block_shapes(D, width, bits, group)
+    encode = partial(encode_blocks, bits=bits, group=group)  # pads columns itself
+    return Pack((spec.name,), _specs(spec.name, (E, *codes), (E, *scales)), encode)
+
+
+def to_contrib(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Replace PackedMatMul and PackedMoE by ONNX Runtime's MatMulNBits and QMoE.
+
+    Post: constant nodes undo the kernels' layout; ONNX Runtime evaluates them once, at load.
+    """
+    modified = False
+    for node in [node for node in model.graph if node.op_type in (cpu_ops.MATMUL, cpu_ops.MOE)]:
+        build = Builder(model.graph, node)
+        y = _matmul_nbits(build, node) if node.op_type == cpu_ops.MATMUL else _qmoe(build, node)
+        replace(node.outputs[0], y)
+        model.graph.remove(node, safe=True)
+        modified = True
+    model.opset_imports.setdefault(MS, 1)
+    return model, modified
+
+
+def _settings(node: ir.Node) -> dict[str, Any]:
+    return {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+def _matmul_nbits(build: Builder, node: ir.Node) -> ir.Value:
+    settings = _settings(node)
+    bits, size, N, K = (settings[name] for name in ("bits", "group_size", "N", "K"))
+    x, codes, scales = node.inputs
+    rows = _rearranged(build, codes, (0, 2, 1, 3), (-1, -(-K // size), size * bits // 8))
+    scale_rows = _rearranged(build, _float(build, scales), (0, 2, 1), (-1, -(-K // size)))
+    if N % BLOCK_ROWS:
+        first, end, axis = (build.constant(np.array([index], np.int64)) for index in (0, N, 0))
+        rows, scale_rows = (build.op("Slice", value, first, end, axis)[0] for value in (rows, scale_rows))
+    contrib = {"bits": bits, "block_size": size, "N": N, "K": K, "accuracy_level": 4}
+    return build.op("MatMulNBits", x, rows, scale_rows, domain=MS, **contrib)[0]
+
+
+def _qmoe(build: Builder, node: ir.Node) -> ir.Value:
+    settings = _settings(node)
+    assert settings["scoring"] == "softmax" and settings["activation"] == "silu" and settings["glu"] == "two_way"
+    x, router_logits, w_in, w_in_scale, w_out, w_out_scale = node.inputs
+    E, D, I = (settings[name] for name in ("num_experts", "hidden_size", "expert_width"))
+    bits, size = settings["bits"], settings["group_size"]
+    fc1 = _rearranged(build, w_in, (0, 2, 4, 1, 3, 5), (E, 2 * I, D * bits // 8))
+    fc1_scale = _rearranged(build, _float(build, w_in_scale), (0, 2, 4, 1, 3), (E, 2 * I, D // size))
+    fc2 = _rearranged(build, w_out, (0, 1, 3, 2, 4), (E, D, I * bits // 8))
+    fc2_scale = _rearranged(build, _float(build, w_out_scale), (0, 1, 3, 2), (E, D, I // size))
+    contrib = {
+        "k": settings["top_k"],
+        "normalize_routing_weights": settings["renormalize"],
+        "expert_weight_bits": bits,
+        "block_size": size,
+        "accuracy_level": 4,
+        "weights_prepacked": 0,
+    }
+    inputs = (x, router_logits, fc1, fc1_scale, None, fc2, fc2_scale)
+    return build.op("QMoE", *inputs, domain=MS, **contrib, **SILU_GATE)[0]
+
+
+def _float(build: Builder, value: ir.Value | None) -> ir.Value:
+    return build.op("Cast", value, to=ir.DataType.FLOAT)[0]
+
+
+def _rearranged(build: Builder, value: ir.Value | None, order: tuple[int, ...], shape: tuple[int, ...]) -> ir.Value:
+    (transposed,) = build.op("Transpose", value, perm=list(order))
+    return build.op("Reshape", transposed, build.constant(np.array(shape, np.int64)))[0]

@@ -1,0 +1,283 @@
+// ONNX Runtime's side: the operators gatework::PackedMoE and gatework::PackedMatMul, version 1. ../cpu_ops.py describes their
+// inputs and attributes.
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <initializer_list>
+#include <iterator>
+#include <string>
+
+#include "moe.h"
+#include "ort_api.h"
+
+namespace gatework {
+namespace {
+
+ort::Api api;
+
+struct Failure {
+  int code;
+  std::string message;
+};
+
+// Results of the runtime's own calls.
+void check(ort::Status* status) {
+  if (status) throw status;
+}
+
+template <class Work>
+ort::Status* guarded(Work&& work) noexcept {
+  try {
+    work();
+    return nullptr;
+  } catch (ort::Status* status) {
+    return status;
+  } catch (const Failure& failure) {
+    return api.create_status(failure.code, failure.message.c_str());
+  } catch (const std::exception& error) {
+    return api.create_status(ort::kFail, error.what());
+  }
+}
+
+class PoolThreads final : public Threads {
+ public:
+  explicit PoolThreads(const ort::KernelContext* context) : context_(context) {}
+  void run(void (*fn)(void*, size_t), size_t count, void* data) const override {
+    check(api.parallel_for(context_, fn, count, 0, data));
+  }
+
+ private:
+  const ort::KernelContext* context_;
+};
+
+class Attributes {
+ public:
+  explicit Attributes(const ort::KernelInfo* info) : info_(info) {}
+
+  int integer(const char* name, int64_t least, int64_t most) const {
+    int64_t value = 0;
+    check(api.int_attribute(info_, name, &value));
+    if (value < least || value > most)
+      throw Failure{ort::kInvalidArgument, std::string("attribute ") + name + " is out of range: " + std::to_string(value)};
+    return int(value);
+  }
+
+  float real(const char* name) const {
+    float value = 0;
+    check(api.float_attribute(info_, name, &value));
+    return value;
+  }
+
+  // The place of a string attribute among `known`.
+  int choice(const char* name, std::initializer_list<const char*> known) const {
+    char text[32] = "";
+    size_t size = sizeof text;
+    check(api.string_attribute(info_, name, text, &size));
+    int place = 0;
+    for (const char* candidate : known) {
+      if (!std::strcmp(text, candidate)) return place;
+      ++place;
+    }
+    throw Failure{ort::kInvalidArgument, std::string("unknown ") + name + ": " + text};
+  }
+
+  Columns columns(const char* name, bool wide = false) const {
+    Columns k{integer(name, 1, 1 << 24), integer("group_size", 8, 1 << 16), integer("bits", 4, 8), wide};
+    if ((k.bits != 4 && k.bits != 8) || k.group % 8)
+      throw Failure{ort::kInvalidArgument, "bits must be 4 or 8, and group_size a multiple of 8"};
+    return k;
+  }
+
+ private:
+  const ort::KernelInfo* info_;
+};
+
+struct Tensor {
+  void* data = nullptr;
+  std::vector<int64_t> shape;
+
+  int64_t count() const {
+    int64_t product = 1;
+    for (const int64_t dimension : shape) product *= dimension;
+    return product;
+  }
+  template <class T>
+  const T* as() const {
+    return static_cast<const T*>(data);
+  }
+};
+
+Tensor input(const ort::KernelContext* context, size_t index) {
+  Tensor tensor;
+  const ort::Value* value = nullptr;
+  check(api.input(context, index, &value));
+  if (!value) return tensor;
+  check(api.tensor_data(const_cast<ort::Value*>(value), &tensor.data));
+  ort::TensorInfo* info = nullptr;
+  check(api.tensor_info(value, &info));
+  size_t rank = 0;
+  ort::Status* status = api.dimension_count(info, &rank);
+  tensor.shape.resize(rank);
+  if (!status) status = api.dimensions(info, tensor.shape.data(), rank);
+  api.release_tensor_info(info);
+  check(status);
+  return tensor;
+}
+
+float* output(ort::KernelContext* context, const std::vector<int64_t>& shape) {
+  ort::Value* value = nullptr;
+  check(api.output(context, 0, shape.data(), shape.size(), &value));
+  void* data = nullptr;
+  check(api.tensor_data(value, &data));
+  return static_cast<float*>(data);
+}
+
+// A wrong size would make the kernels read beyond a tensor.
+void expect_count(const char* name, const Tensor& tensor, int64_t count) {
+  if (!tensor.data && count)
+    throw Failure{ort::kInvalidArgument, std::string("input ") + name + " is missing"};
+  if (tensor.count() != count)
+    throw Failure{ort::kInvalidArgument, std::string("input ") + name + " has " + std::to_string(tensor.count()) +
+                                             " elements, expected " + std::to_string(count)};
+}
+
+Matrix matrix(const char* name, const Columns& k, int64_t blocks, const Tensor& codes, const Tensor& scales) {
+  expect_count(name, codes, blocks * int64_t(k.block_bytes()));
+  expect_count((std::string(name) + "_scale").c_str(), scales, blocks * int64_t(k.block_scales()));
+  return {codes.as<uint8_t>(), scales.as<uint16_t>()};
+}
+
+const Kernels& kernels() {
+  static const Kernels* const chosen = choose_kernels();
+  if (!chosen)
+    throw Failure{ort::kInvalidArgument, std::string("GATEWORK_CPU_PATH names no kernels of this machine: ") +
+                                             std::getenv("GATEWORK_CPU_PATH")};
+  return *chosen;
+}
+
+struct MatMulKernel {
+  static constexpr const char* kName = "PackedMatMul";
+  static constexpr int kTypes[] = {ort::kFloat, ort::kUint8, ort::kBfloat16};
+  static constexpr size_t kRequiredInputs = 3;
+
+  const Kernels& path = kernels();
+  Columns k;
+  int rows;
+
+  explicit MatMulKernel(const Attributes& attributes) : k(attributes.columns("K")), rows(attributes.integer("N", 1, 1 << 24)) {}
+
+  void compute(ort::KernelContext* context) const {
+    const Tensor x = input(context, 0);
+    if (x.shape.empty() || x.shape.back() != k.count)
+      throw Failure{ort::kInvalidArgument, "the last dimension of x is not K"};
+    const Matrix w = matrix("w", k, ceil_div(rows, kRows), input(context, 1), input(context, 2));
+    std::vector<int64_t> shape = x.shape;
+    shape.back() = rows;
+    const int tokens = int(x.count() / k.count);
+    float* y = output(context, shape);
+    static thread_local Tokens kept;
+    Tokens& quantised = kept;
+    const PoolThreads threads(context);
+    quantised.quantize(path, k, x.as<float>(), tokens, threads);
+    multiply(path, k, w, rows, quantised, tokens, y, threads);
+  }
+};
+
+struct MoEKernel {
+  static constexpr const char* kName = "PackedMoE";
+  static constexpr int kTypes[] = {ort::kFloat,    ort::kFloat, ort::kUint8, ort::kBfloat16,
+                                   ort::kUint8, ort::kBfloat16, ort::kFloat, ort::kFloat};
+  static constexpr size_t kRequiredInputs = 6;
+
+  const Kernels& path = kernels();
+  MoE moe;
+
+  explicit MoEKernel(const Attributes& attributes) {
+    moe.in = attributes.columns("hidden_size");
+    moe.out = attributes.columns("expert_width", true);
+    moe.glu = Glu(attributes.choice("glu", {"none", "two_way", "three_way"}) + 1);
+    moe.activation = Activation(attributes.choice("activation", {"silu", "gelu", "gelu_tanh", "relu"}));
+    Router& router = moe.router;
+    router.experts = attributes.integer("num_experts", 1, 1 << 16);
+    router.top_k = attributes.integer("top_k", 1, router.experts);
+    router.scoring = Scoring(attributes.choice("scoring", {"softmax", "sigmoid"}));
+    router.renormalize = attributes.integer("renormalize", 0, 1);
+    router.capacity_factor = attributes.real("capacity_factor");
+    router.min_capacity = attributes.integer("min_capacity", 0, 1 << 30);
+  }
+
+  void compute(ort::KernelContext* context) const {
+    const Tensor x = input(context, 0), logits = input(context, 1), b_in = input(context, 6), b_out = input(context, 7);
+    const int64_t D = moe.in.count, I = moe.out.count, E = moe.router.experts;
+    if (x.shape.size() != 2 || x.shape[1] != D) throw Failure{ort::kInvalidArgument, "x is not [T, hidden_size]"};
+    expect_count("router_logits", logits, x.shape[0] * E);
+    Experts experts;
+    const int64_t in_blocks = E * moe.matrices() * ceil_div(int(I), kRows);
+    experts.w_in = matrix("w_in", moe.in, in_blocks, input(context, 2), input(context, 3));
+    experts.w_out = matrix("w_out", moe.out, E * ceil_div(int(D), kRows), input(context, 4), input(context, 5));
+    if (b_in.data) expect_count("b_in", b_in, E * moe.matrices() * I);
+    if (b_out.data) expect_count("b_out", b_out, E * D);
+    experts.b_in = b_in.as<float>();
+    experts.b_out = b_out.as<float>();
+    float* y = output(context, x.shape);
+    run_moe(path, moe, experts, x.as<float>(), logits.as<float>(), int(x.shape[0]), y, PoolThreads(context));
+  }
+};
+
+template <class Kernel>
+ort::CustomOp operator_of() {
+  ort::CustomOp op{};
+  op.version = ort::kVersion;
+  op.name = [](const ort::CustomOp*) { return Kernel::kName; };
+  op.provider = [](const ort::CustomOp*) -> const char* { return nullptr; };  // the CPU's
+  op.input_type = [](const ort::CustomOp*, size_t index) { return Kernel::kTypes[index]; };
+  op.input_count = [](const ort::CustomOp*) { return std::size(Kernel::kTypes); };
+  op.input_characteristic = [](const ort::CustomOp*, size_t index) -> int {
+    return index < Kernel::kRequiredInputs ? ort::kRequired : ort::kOptional;
+  };
+  op.output_type = [](const ort::CustomOp*, size_t) -> int { return ort::kFloat; };
+  op.output_count = [](const ort::CustomOp*) { return size_t(1); };
+  op.output_characteristic = [](const ort::CustomOp*, size_t) -> int { return ort::kRequired; };
+  op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };  // where the provider's tensors are
+  op.start_version = op.end_version = [](const ort::CustomOp*) { return 1; };
+  op.create_kernel_v2 = [](const ort::CustomOp*, const void*, const ort::KernelInfo* info, void** kernel) {
+    return guarded([&] { *kernel = new Kernel(Attributes(info)); });
+  };
+  op.compute_v2 = [](void* kernel, ort::KernelContext* context) {
+    return guarded([&] { static_cast<const Kernel*>(kernel)->compute(context); });
+  };
+  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  return op;
+}
+
+}  // namespace
+}  // namespace gatework
+
+#if defined(_WIN32)
+#define GATEWORK_EXPORT __declspec(dllexport)
+#else
+#define GATEWORK_EXPORT __attribute__((visibility("default")))
+#endif
+
+// What ONNX Runtime calls when a session registers this library.
+extern "C" GATEWORK_EXPORT gatework::ort::Status* RegisterCustomOps(gatework::ort::SessionOptions* options,
+                                                                    const gatework::ort::ApiBase* base) {
+  using namespace gatework;
+  api.entries = base->get_api(ort::kVersion);  // never null here: the package asks for an ONNX Runtime that has it
+  return guarded([&] {
+    static const ort::CustomOp matmul = operator_of<MatMulKernel>(), moe = operator_of<MoEKernel>();
+    static ort::CustomOpDomain* domain = nullptr;  // lives as long as the process, like the sessions that may refer to it
+    if (!domain) {
+      check(api.create_domain("gatework", &domain));
+      check(api.add_operator(domain, &matmul));
+      check(api.add_operator(domain, &moe));
+    }
+    check(api.add_domain(options, domain));
+  });
+}
+
+// The name of the kernels in use, or nullptr if GATEWORK_CPU_PATH names none that this machine can run.
+extern "C" GATEWORK_EXPORT const char* gatework_cpu_path() {
+  const gatework::Kernels* const chosen = gatework::choose_kernels();
+  return chosen ? chosen->name : nullptr;
+}

@@ -1,0 +1,116 @@
+#include "moe.h"
+
+#include <algorithm>
+
+namespace gatework {
+namespace {
+
+// What one call needs, kept from call to call.
+struct Workspace {
+  Routing routing;
+  Tokens x, h;
+  std::vector<Token> sorted;  // x's rows in the order of the sorted choices
+  std::vector<float> hidden;  // [choices, I]
+  std::vector<float> served;  // [choices, D]
+};
+
+struct Task {
+  int expert, first, last;  // blocks of rows
+};
+
+// Chunks of rows of every expert that has a token.
+std::vector<Task> tasks_of(const Routing& routing, int experts, int rows) {
+  std::vector<Task> tasks;
+  const int blocks = ceil_div(rows, kRows);
+  for (int e = 0; e < experts; ++e)
+    if (routing.starts[e] < routing.starts[e + 1])
+      for (int b = 0; b < blocks; b += kChunk) tasks.push_back({e, b, std::min(b + kChunk, blocks)});
+  return tasks;
+}
+
+// hidden = activation(gate) * up for one block of rows and a slice of tokens.
+void expert_in(const Kernels& kernels, const MoE& moe, const Experts& experts, int expert, int block, const Token* x, int tokens,
+               float* hidden) {
+  const int I = moe.out.count, blocks = ceil_div(I, kRows), G = moe.matrices();
+  const int first = block * kRows, count = std::min(kRows, I - first);
+  alignas(64) float part[3][kSlice][kRows];
+  for (int m = 0; m < G; ++m) {
+    const Block rows = experts.w_in.block(moe.in, (expert * G + m) * blocks + block);
+    kernels.product(moe.in, rows, x, tokens, part[m][0], kRows);
+    if (experts.b_in) {
+      const float* bias = experts.b_in + (size_t(expert) * G + m) * I + first;
+      for (int t = 0; t < tokens; ++t)
+        for (int r = 0; r < count; ++r) part[m][t][r] += bias[r];
+    }
+  }
+  float(*const gate)[kRows] = part[moe.glu == Glu::three_way ? 1 : 0];
+  kernels.activate(moe.activation, gate[0], tokens * kRows);
+  for (int t = 0; t < tokens; ++t) {
+    float* h = hidden + size_t(t) * I + first;
+    for (int r = 0; r < count; ++r) {
+      const float a = moe.glu == Glu::three_way ? part[0][t][r] * gate[t][r] : gate[t][r];
+      h[r] = moe.glu == Glu::none ? a : a * part[G - 1][t][r];
+    }
+  }
+}
+
+void combine(const MoE& moe, const Experts& experts, const Workspace& work, int token, float* y) {
+  const int D = moe.in.count, K = moe.router.top_k;
+  std::fill_n(y, D, 0.0f);
+  for (int j = 0; j < K; ++j) {
+    const size_t choice = size_t(token) * K + j;
+    const float weight = work.routing.weights[choice];
+    const float* served = work.served.data() + size_t(work.routing.places[choice]) * D;
+    const float* bias = experts.b_out ? experts.b_out + size_t(work.routing.chosen[choice]) * D : nullptr;
+    for (int d = 0; d < D; ++d) y[d] += weight * (bias ? served[d] + bias[d] : served[d]);
+  }
+}
+
+}  // namespace
+
+void run_moe(const Kernels& kernels, const MoE& moe, const Experts& experts, const float* x, const float* logits, int tokens,
+             float* y, const Threads& threads) {
+  static thread_local Workspace kept;
+  Workspace& work = kept;  // the caller's, whichever thread a task runs on
+  const int D = moe.in.count, I = moe.out.count, E = moe.router.experts;
+  route(moe.router, logits, tokens, work.routing);
+  const Routing& routing = work.routing;
+  const size_t choices = routing.tokens.size();
+
+  work.x.quantize(kernels, moe.in, x, tokens, threads);
+  work.sorted.resize(choices);
+  for (size_t i = 0; i < choices; ++i) work.sorted[i] = work.x[routing.tokens[i]];
+  work.hidden.resize(choices * I);
+  const std::vector<Task> in = tasks_of(routing, E, I);
+  threads.each(in.size(), [&](size_t i) {
+    const Task& task = in[i];
+    for (int t = routing.starts[task.expert]; t < routing.starts[task.expert + 1]; t += kSlice) {
+      const int slice = std::min(kSlice, routing.starts[task.expert + 1] - t);
+      for (int b = task.first; b < task.last; ++b)
+        expert_in(kernels, moe, experts, task.expert, b, work.sorted.data() + t, slice, work.hidden.data() + size_t(t) * I);
+    }
+  });
+
+  work.h.quantize(kernels, moe.out, work.hidden.data(), choices, threads);
+  work.served.resize(choices * D);
+  const std::vector<Task> out = tasks_of(routing, E, D);
+  const int blocks = ceil_div(D, kRows);
+  threads.each(out.size(), [&](size_t i) {
+    const Task& task = out[i];
+    const Matrix w_out{experts.w_out.codes + size_t(task.expert) * blocks * moe.out.block_bytes(),
+                       experts.w_out.scales + size_t(task.expert) * blocks * moe.out.block_scales()};
+    for (int t = routing.starts[task.expert]; t < routing.starts[task.expert + 1]; t += kSlice) {
+      const int slice = std::min(kSlice, routing.starts[task.expert + 1] - t);
+      for (int b = task.first; b < task.last; ++b)
+        multiply_block(kernels, moe.out, w_out, b, D, work.h.data() + t, slice, work.served.data() + size_t(t) * D, D);
+    }
+  });
+
+  const auto combine_row = [&](size_t t) { combine(moe, experts, work, int(t), y + t * D); };
+  if (size_t(tokens) > kFew)
+    threads.each(tokens, combine_row);
+  else
+    for (int t = 0; t < tokens; ++t) combine_row(t);
+}
+
+}  // namespace gatework

@@ -1,0 +1,77 @@
+// NEON with the dot product extension (Armv8.2): sdot, four products of signed bytes in each 32-bit lane, on 128 bits.
+#if defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
+#include "instructions.h"
+#include "tile.h"
+
+namespace gatework {
+namespace {
+
+struct Neon {
+  struct Sums {
+    int32x4_t quarter[4];  // rows 0-3, 4-7, 8-11, 12-15
+  };
+  static constexpr int kTile = 4;
+  static constexpr int offset(int bits) { return bits == 8 ? 0 : 8; }
+
+  template <int T>
+  static void accumulate(Sums (&sums)[T], const int8x16_t (&w)[4], const int8_t* const* x, int offset) {
+    for (int t = 0; t < T; ++t) {
+      const int8x16_t columns = vreinterpretq_s8_s32(vdupq_n_s32(four_codes(x[t] + offset)));
+      for (int i = 0; i < 4; ++i) sums[t].quarter[i] = vdotq_s32(sums[t].quarter[i], w[i], columns);
+    }
+  }
+
+  template <int bits, int T>
+  static void dot(const uint8_t* w, const int8_t* const* x, int steps, Sums (&sums)[T]) {
+    for (int t = 0; t < T; ++t)
+      for (int i = 0; i < 4; ++i) sums[t].quarter[i] = vdupq_n_s32(0);
+    for (int s = 0; s < steps; ++s, w += kStepBytes) {
+      __builtin_prefetch(w + 1024);
+      int8x16_t first[4], second[4];
+      for (int i = 0; i < 4; ++i) {
+        const uint8x16_t codes = vld1q_u8(w + 16 * i);
+        if constexpr (bits == 8) {
+          first[i] = vreinterpretq_s8_u8(veorq_u8(codes, vdupq_n_u8(0x80)));
+        } else {
+          first[i] = vreinterpretq_s8_u8(vandq_u8(codes, vdupq_n_u8(15)));
+          second[i] = vreinterpretq_s8_u8(vshrq_n_u8(codes, 4));
+        }
+      }
+      accumulate<T>(sums, first, x, step_columns(bits) * s);
+      if constexpr (bits == 4) accumulate<T>(sums, second, x, 8 * s + 4);
+    }
+  }
+
+  static Sums join(const Sums& high, const Sums& low) {
+    Sums joined;
+    for (int i = 0; i < 4; ++i) joined.quarter[i] = vaddq_s32(vshlq_n_s32(high.quarter[i], 8), low.quarter[i]);
+    return joined;
+  }
+
+  static void add(const Sums& sums, int32_t correction, const uint16_t* w_scales, float x_scale, float* acc) {
+    for (int i = 0; i < 4; ++i) {
+      const float32x4_t scales = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(w_scales + 4 * i), 16));
+      const float32x4_t sum = vcvtq_f32_s32(vsubq_s32(sums.quarter[i], vdupq_n_s32(correction)));
+      const float32x4_t part = vmulq_f32(sum, vmulq_f32(scales, vdupq_n_f32(x_scale)));
+      vst1q_f32(acc + 4 * i, vaddq_f32(vld1q_f32(acc + 4 * i), part));
+    }
+  }
+};
+
+bool supported() {
+#if defined(__linux__) && defined(__aarch64__)
+  return getauxval(AT_HWCAP) & (1 << 20);  // HWCAP_ASIMDDP
+#else
+  return true;  // every Apple processor has it
+#endif
+}
+
+}  // namespace
+
+extern const Kernels kNeon;
+const Kernels kNeon = kernels_of<Neon>("neon", supported);
+
+}  // namespace gatework

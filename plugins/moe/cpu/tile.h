@@ -1,0 +1,182 @@
+// The loops of a kernel, written once over a few operations of an instruction set. Included by one file per instruction set,
+// each compiled with its own flags; everything has internal linkage, so that no two of them are merged by the linker.
+//
+// An instruction set `Isa` provides
+//   Sums                     16 int32, one per row of a block
+//   kTile                    tokens that fit its registers
+//   offset(bits)             what it adds to the weights' q when it multiplies
+//   dot<bits, T>(w, x, steps, sums)   sums[t] = sum over the steps of (q + offset) * x[t], for T tokens at once
+//   join(high, low)          256 * high + low
+//   add(sums, correction, w_scales, x_scale, acc)   acc[r] += (sums[r] - correction) * (w_scales[r] * x_scale)
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "layout.h"
+
+namespace gatework {
+namespace {
+
+inline int32_t bits_of(float value) {
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float float_of(int32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline float from_bfloat16(uint16_t bits) { return float_of(int32_t(uint32_t(bits) << 16)); }
+
+inline int32_t four_codes(const int8_t* x) {
+  int32_t word;
+  std::memcpy(&word, x, sizeof word);
+  return word;
+}
+
+template <class Isa, int bits, int streams, int T>
+inline void tile(const Columns& k, const Block& block, const Token* x, float* y, size_t stride) {
+  alignas(64) float acc[T][kRows] = {};
+  const uint8_t* w = block.codes;
+  const int groups = k.groups(), steps = k.group / step_columns(bits), padded = k.padded();
+  for (int g = 0; g < groups; ++g) {
+    const int8_t* codes[T * streams];
+    for (int t = 0; t < T; ++t)
+      for (int s = 0; s < streams; ++s) codes[t * streams + s] = x[t].codes + size_t(s) * padded + size_t(g) * k.group;
+    typename Isa::Sums sums[T * streams];
+    Isa::template dot<bits, T * streams>(w, codes, steps, sums);
+    for (int t = 0; t < T; ++t) {
+      const typename Isa::Sums sum = streams == 1 ? sums[t] : Isa::join(sums[t * streams], sums[t * streams + streams - 1]);
+      Isa::add(sum, Isa::offset(bits) * x[t].sums[g], block.scales + size_t(g) * kRows, x[t].scales[g], acc[t]);
+    }
+    w += size_t(steps) * kStepBytes;
+  }
+  for (int t = 0; t < T; ++t) std::memcpy(y + t * stride, acc[t], sizeof acc[t]);
+}
+
+template <class Isa, int bits, int streams, int T>
+inline void tiles(const Columns& k, const Block& block, const Token* x, int tokens, float* y, size_t stride) {
+  for (; tokens >= T; tokens -= T, x += T, y += T * stride) tile<Isa, bits, streams, T>(k, block, x, y, stride);
+  if constexpr (T > 1) {
+    if (tokens > 0) tiles<Isa, bits, streams, T / 2>(k, block, x, tokens, y, stride);
+  }
+}
+
+template <class Isa, int bits>
+inline void products(const Columns& k, const Block& block, const Token* x, int tokens, float* y, size_t stride) {
+  if (k.wide)
+    tiles<Isa, bits, 2, Isa::kTile / 2>(k, block, x, tokens, y, stride);
+  else
+    tiles<Isa, bits, 1, Isa::kTile>(k, block, x, tokens, y, stride);
+}
+
+template <class Isa>
+void product(const Columns& k, const Block& block, const Token* x, int tokens, float* y, size_t stride) {
+  if (k.bits == 8)
+    products<Isa, 8>(k, block, x, tokens, y, stride);
+  else
+    products<Isa, 4>(k, block, x, tokens, y, stride);
+}
+
+// Rounds to the nearest integer, halves to even, as long as |x| < 2^22; the integer is in the low bits of the result.
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
+
+// Puts the columns of each four bytes with 4-bit weights into the order of a step.
+inline void sort_nibbles(int8_t* codes, int count) {
+  for (int i = 0; i < count; i += 8) {
+    int8_t even[4], odd[4];
+    for (int j = 0; j < 4; ++j) even[j] = codes[i + 2 * j], odd[j] = codes[i + 2 * j + 1];
+    std::memcpy(codes + i, even, 4);
+    std::memcpy(codes + i + 4, odd, 4);
+  }
+}
+
+template <class Isa>
+void quantize(const Columns& k, const float* x, int8_t* codes, float* scales, int32_t* sums) {
+  const float largest_code = k.wide ? 127.0f * 256.0f : 127.0f;
+  const int padded = k.padded();
+  int8_t* const low_codes = codes + padded;
+  for (int g = 0, start = 0; start < k.count; ++g, start += k.group) {
+    const int end = k.count - start < k.group ? k.count : start + k.group;
+    int32_t top = 0;  // the largest magnitude's bits, whose order is that of the numbers
+    for (int i = start; i < end; ++i) {
+      const int32_t size = bits_of(x[i]) & 0x7fffffff;
+      top = size > top ? size : top;
+    }
+    const float largest = float_of(top);
+    const bool finite = top < 0x7f800000;
+    const float inverse = finite && largest > 1e-30f ? largest_code / largest : 0.0f;
+    scales[g] = inverse > 0.0f ? largest / largest_code : finite ? 0.0f : NAN;
+    int32_t sum = 0;
+    if (k.wide) {
+      for (int i = start; i < end; ++i) {
+        const int32_t code = bits_of(x[i] * inverse + kRounder) - bits_of(kRounder);
+        const int32_t high = (code + 128) >> 8;
+        const int32_t low = code - 256 * high < -127 ? -127 : code - 256 * high;  // -128 has no positive twin
+        codes[i] = int8_t(high);
+        low_codes[i] = int8_t(low);
+        sum += 256 * int8_t(high) + int8_t(low);
+      }
+    } else {
+      for (int i = start; i < end; ++i) {
+        codes[i] = int8_t(bits_of(x[i] * inverse + kRounder));
+        sum += codes[i];
+      }
+    }
+    sums[g] = sum;
+  }
+  for (int s = 0; s < k.streams(); ++s) {
+    for (int i = k.count; i < padded; ++i) codes[s * padded + i] = 0;
+    if (k.bits == 4) sort_nibbles(codes + s * padded, padded);
+  }
+}
+
+// e^x to 2 units in the last place, by the Cephes library's polynomial (netlib.org/cephes, expf.c).
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float shifted = x * 1.44269504088896341f + kRounder;
+  const float n = shifted - kRounder;
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r * r + r) + 1.0f;
+  return p * float_of(int32_t((uint32_t(bits_of(shifted)) + 127u) << 23));  // 2^n
+}
+
+template <class Isa>
+void activate(Activation activation, float* z, int count) {
+  switch (activation) {
+    case Activation::silu:
+      for (int i = 0; i < count; ++i) z[i] = z[i] / (1.0f + exponential(-z[i]));
+      break;
+    case Activation::gelu:
+      for (int i = 0; i < count; ++i) z[i] = z[i] * (0.5f + 0.5f * ::erff(z[i] * 0.70710678118654752f));
+      break;
+    case Activation::gelu_tanh:
+      for (int i = 0; i < count; ++i) {
+        const float u = 0.79788456080286536f * (z[i] + 0.044715f * z[i] * z[i] * z[i]);
+        z[i] = z[i] * (1.0f - 1.0f / (exponential(2.0f * u) + 1.0f));  // 0.5 z (1 + tanh u)
+      }
+      break;
+    case Activation::relu:
+      for (int i = 0; i < count; ++i) z[i] = z[i] < 0.0f ? 0.0f : z[i];
+      break;
+  }
+}
+
+template <class Isa>
+constexpr Kernels kernels_of(const char* name, bool (*supported)()) {
+  return {name, supported, product<Isa>, quantize<Isa>, activate<Isa>};
+}
+
+}  // namespace
+}  // namespace gatework

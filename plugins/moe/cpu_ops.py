@@ -1,0 +1,43 @@
+"""The CPU kernels' operators for ONNX Runtime, and where their library is.
+
+`gatework::PackedMatMul` version 1: y [..., N] = x W^T, W quantised. Attributes: N, K, bits (4 or 8), group_size.
+
+    x         [..., K]                        float32
+    w         [blocks, steps, 16, 4]          uint8     blocks of 16 rows of W; steps of 4 (8 bits) or 8 (4 bits) columns
+    w_scale   [blocks, groups, 16]            bfloat16
+
+`gatework::PackedMoE` version 1: gatework::MoE on such weights. Attributes: those of MoE but weight_format, and bits,
+hidden_size D, expert_width I, num_experts E.
+
+    x             [T, D]                                         float32
+    router_logits [T, E]                                         float32
+    w_in          [E, G, blocks of I, steps of D, 16, 4]         uint8     G matrices: gate, up (see `spec`)
+    w_in_scale    [E, G, blocks of I, groups of D, 16]           bfloat16
+    w_out         [E, blocks of D, steps of I, 16, 4]            uint8
+    w_out_scale   [E, blocks of D, groups of I, 16]              bfloat16
+    b_in, b_out   [E, G * I], [E, D]                             float32, optional
+
+The layout of a block is written down in cpu/layout.h. Activations are quantised to int8 per token and group, those inside an
+expert, whose error would weigh most, to 16 bits; products are sums of integers, so that the same token gives the same bits in
+any company, on any number of threads and on any processor.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import files
+from pathlib import Path
+
+VERSION = 1
+MATMUL, MOE = "PackedMatMul", "PackedMoE"
+BLOCK_ROWS = 16
+STEP_BYTES = 4  # of a row
+# The library is used with these releases of ONNX Runtime, whose C API it was tested with.
+ORT_VERSIONS = ("1.32", "1.33")
+_NAME = "libgatework_cpu.so"
+
+
+def find_library() -> Path | None:
+    """The kernels' library, or None where the package was installed without a C++ compiler."""
+    path = Path(str(files("gatework.plugins.moe").joinpath("cpu", _NAME)))
+    return path if path.is_file() else None
