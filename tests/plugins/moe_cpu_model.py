@@ -1,0 +1,127 @@
+"""Graphs of one PackedMoE or PackedMatMul node, and a script that runs them all in a process of its own.
+
+    python moe_cpu_model.py LIBRARY OUT.npz      # GATEWORK_CPU_PATH chooses the kernels
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import TensorProto, helper
+
+from gatework.export.lower.packed import encode_blocks
+from gatework.export.quantize import dequantize_rows, quantize_rows
+from gatework.plugins.moe.spec import MoEAttributes
+
+Array = np.ndarray
+FLOAT, UINT8, BFLOAT16 = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.BFLOAT16
+
+
+def packed(rows: Array, bits: int, group: int) -> tuple[Array, Array, Array]:
+    """Codes [blocks, steps, 16, 4], scales [blocks, groups, 16] as uint16, and the weights that they stand for, [N, K]."""
+    weights = torch.from_numpy(rows)
+    codes, scales = encode_blocks(weights, bits, group)
+    exact = dequantize_rows(*_float(quantize_rows(weights, bits, group, torch.bfloat16)), bits, rows.shape[1])
+    return codes.numpy(), scales.view(torch.uint16).numpy(), exact.numpy()
+
+
+def _float(quantised: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantised[0], quantised[1].float()
+
+
+def _constant(name: str, kind: int, array: Array) -> TensorProto:
+    return helper.make_tensor(name, kind, array.shape, array.tobytes(), raw=True)
+
+
+def model_of(op_type: str, inputs: dict[str, Array], attributes: dict[str, Any], width: int) -> onnx.ModelProto:
+    """A graph of the node; x and router_logits are its inputs, all else is constant."""
+    kinds = {np.dtype(np.float32): FLOAT, np.dtype(np.uint8): UINT8, np.dtype(np.uint16): BFLOAT16}
+    fed = [name for name in ("x", "router_logits") if name in inputs]
+    rest = {name: array for name, array in inputs.items() if name not in fed}
+    node = helper.make_node(op_type, list(inputs), ["y"], domain="gatework", **attributes)
+    graph = helper.make_graph(
+        [node],
+        "one",
+        [helper.make_tensor_value_info(name, FLOAT, [None] * (inputs[name].ndim - 1) + [inputs[name].shape[-1]]) for name in fed],
+        [helper.make_tensor_value_info("y", FLOAT, [None] * (inputs["x"].ndim - 1) + [width])],
+        [_constant(name, kinds[array.dtype], array) for name, array in rest.items()],
+    )
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid("gatework", 1)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=10)
+
+
+def moe_model(
+    attributes: MoEAttributes, bits: int, group: int, *, D: int, E: int, I: int, bias: bool = False, seed: int = 0
+) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    """A PackedMoE of random weights, and the weights in full: w_in, w_out and, with bias, b_in, b_out."""
+    rng = np.random.default_rng(seed)
+    G = attributes.matrices
+    w_in = rng.standard_normal((E, G, I, D), np.float32) / np.float32(np.sqrt(D))
+    w_out = rng.standard_normal((E, D, I), np.float32) / np.float32(np.sqrt(I))
+    codes_in, scales_in, exact_in = zip(*[packed(w_in[e, m], bits, group) for e in range(E) for m in range(G)], strict=True)
+    codes_out, scales_out, exact_out = zip(*[packed(w_out[e], bits, group) for e in range(E)], strict=True)
+    exact = {"w_in": np.stack(exact_in).reshape(E, G * I, D), "w_out": np.stack(exact_out)}
+    if bias:
+        exact |= {"b_in": rng.standard_normal((E, G * I), np.float32), "b_out": rng.standard_normal((E, D), np.float32)}
+    inputs = {
+        "x": np.zeros((1, D), np.float32),
+        "router_logits": np.zeros((1, E), np.float32),
+        "w_in": np.stack(codes_in),
+        "w_in_scale": np.stack(scales_in),
+        "w_out": np.stack(codes_out),
+        "w_out_scale": np.stack(scales_out),
+        **{name: exact[name] for name in ("b_in", "b_out") if bias},
+    }
+    settings = {name: value for name, value in attributes.to_onnx().items() if name != "weight_format"}
+    settings |= {"bits": bits, "group_size": group, "hidden_size": D, "expert_width": I, "num_experts": E}
+    return model_of("PackedMoE", inputs, settings, D), exact
+
+
+def matmul_model(N: int, K: int, bits: int, group: int, *, rank: int = 2) -> tuple[onnx.ModelProto, Array]:
+    """A PackedMatMul of random weights, and the weights [N, K] in full."""
+    rows = np.random.default_rng([N, K]).standard_normal((N, K), np.float32)
+    codes, scales, exact = packed(rows, bits, group)
+    inputs = {"x": np.zeros((1,) * (rank - 1) + (K,), np.float32), "w": codes, "w_scale": scales}
+    return model_of("PackedMatMul", inputs, {"N": N, "K": K, "bits": bits, "group_size": group}, N), exact
+
+
+def session(model: onnx.ModelProto, library: Path | str, threads: int = 2) -> ort.InferenceSession:
+    """The graph on the kernels of a library."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    options.register_custom_ops_library(str(library))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run_all(library: Path | str) -> dict[str, Array]:
+    """Outputs by case: both operators, both widths, sizes that divide nothing, no, one and many tokens."""
+    outputs = {}
+    rng = np.random.default_rng(7)
+    for bits in (8, 4):
+        for K, group in ((16, 16), (100, 32), (300, 128)):
+            for N in (1, 35, 144):
+                run = session(matmul_model(N, K, bits, group)[0], library)
+                for T in (0, 1, 3, 70):
+                    (outputs[f"matmul {bits} {N} {K} {T}"],) = run.run(None, {"x": rng.standard_normal((T, K), np.float32)})
+        for attributes in (
+            MoEAttributes(top_k=2),
+            MoEAttributes(top_k=3, glu="three_way", activation="gelu_tanh", scoring="sigmoid", capacity_factor=1.1),
+            MoEAttributes(top_k=1, glu="none", activation="gelu", renormalize=False),
+        ):
+            D, E, I = 60, 7, 41
+            run = session(moe_model(attributes, bits, 32, D=D, E=E, I=I, bias=attributes.top_k == 3)[0], library)
+            for T in (0, 1, 2, 5, 67, 200):
+                x, logits = rng.standard_normal((T, D), np.float32), rng.standard_normal((T, E), np.float32)
+                key = f"moe {bits} {attributes.top_k} {T}"
+                (outputs[key],) = run.run(None, {"x": x, "router_logits": logits})
+    return outputs
+
+
+if __name__ == "__main__":
+    np.savez(sys.argv[2], **run_all(sys.argv[1]))
