@@ -1,4 +1,4 @@
-"""MatMul with a transposed weight -> MatMulNBits (int8, int4) or FusedMatMul (float32, which reads W as stored).
+"""MatMul with a transposed weight -> MatMulNBits (int8, int4) or FusedMatMul (floats, which reads W as stored).
 
 Pre: canonical MatMul nodes. Post: no Transpose of a weight is left; routers stay in float32.
 """
@@ -11,8 +11,9 @@ from functools import partial
 import onnx_ir as ir
 import torch
 
-from gatework.export.groups import HEAD_BITS, HEAD_GROUP, PADDED_GROUP, fit_group
+from gatework.export.groups import HEAD_BITS, PADDED_GROUP, fit_group
 from gatework.export.lower.graph import MS, Builder, linear_users, linear_weight, replace
+from gatework.export.lower.kernels import Kernels
 from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
 from gatework.export.quantize import quantize_rows
 
@@ -24,8 +25,12 @@ def to_fused_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
     return _rewrite(model, lambda build, x, weight: build.op("FusedMatMul", x, weight, domain=MS, transB=1)[0])
 
 
-def to_matmul_nbits(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model, bool]:
-    """Quantise every product with a weight but the routers'; the output head takes 8 bits at least."""
+def to_matmul_nbits(model: ir.Model, *, bits: int, group: int, kernels: Kernels) -> tuple[ir.Model, bool]:
+    """Quantise every product with a weight but the routers'; the output head takes 8 bits at least.
+
+    Scales have the activations' type, as the kernels demand.
+    """
+    accuracy = {} if kernels.accuracy_level is None else {"accuracy_level": kernels.accuracy_level}
 
     def product(build: Builder, x: ir.Value | None, weight: ir.Value) -> ir.Value | None:
         pack = pack_of(weight)
@@ -34,16 +39,16 @@ def to_matmul_nbits(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model
             return None
         N, K = static_shape(weight)
         name = spec.name if linear_users(weight) == len(weight.uses()) else _HEAD  # tied to the embedding
-        width, widest = (HEAD_BITS, HEAD_GROUP) if name == _HEAD and bits < HEAD_BITS else (bits, group)
+        width, widest = (HEAD_BITS, kernels.head_group) if name == _HEAD and bits < HEAD_BITS else (bits, group)
         size = fit_group(K, widest) or min(widest, PADDED_GROUP)  # the last block of an odd row is padded
         blocks = -(-K // size)
         outputs = (
             TensorSpec(f"{name}.codes", torch.uint8, (N, blocks, size * width // 8)),
-            TensorSpec(f"{name}.scales", torch.float32, (N, blocks)),
+            TensorSpec(f"{name}.scales", spec.dtype, (N, blocks)),
         )
-        encode = partial(quantize_rows, bits=width, group=size)
+        encode = partial(quantize_rows, bits=width, group=size, scale_dtype=spec.dtype)
         quantised = add_packed(model.graph, Pack(pack.sources, outputs, encode))
-        settings = {"bits": width, "block_size": size, "N": N, "K": K, "accuracy_level": 4}
+        settings = {"bits": width, "block_size": size, "N": N, "K": K, **accuracy}
         return build.op("MatMulNBits", x, *quantised, domain=MS, **settings)[0]
 
     return _rewrite(model, product)

@@ -1,13 +1,13 @@
-"""gatework::MoE -> ONNX Runtime's MoE (float32) or QMoE (int8, int4) contrib operator.
+"""gatework::MoE -> ONNX Runtime's MoE (floats) or QMoE (int8, int4) contrib operator.
 
 Pre: gatework::MoE nodes with softmax scores, two-way SiLU gates and dense expert weights.
 Post: no gatework::MoE node is left. Gate and up rows are interleaved, as those kernels demand; a quantised expert width is
-padded with zeros to whole groups, which changes no result.
+padded with zeros to whole groups and to the kernels' multiple, which changes no result. Router logits, computed in float32,
+are rounded to the type of x, the only one that the operators take.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gatework.export.groups import fit_group
+from gatework.export.groups import GROUP_SIZES, fit_group
 from gatework.export.lower.experts import attributes_of, moe_nodes
 from gatework.export.lower.graph import MS, Builder, replace
+from gatework.export.lower.kernels import Kernels
 from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
 from gatework.export.quantize import quantize_rows
 from gatework.plugins.errors import GateworkError
 
 
-def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int) -> tuple[ir.Model, bool]:
-    """Rewrite every MoE node; bits None keeps float32."""
+def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int, kernels: Kernels) -> tuple[ir.Model, bool]:
+    """Rewrite every MoE node; bits None keeps the graph's own type."""
     nodes = moe_nodes(model)
     for node in nodes:
         attributes = attributes_of(node)
@@ -39,26 +40,35 @@ def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int) -> tuple[ir
         }
         build = Builder(model.graph, node)
         x, router_logits, w_in, w_out = node.inputs[:4]
-        assert w_in is not None and w_out is not None
+        assert x is not None and x.dtype is not None and w_in is not None and w_out is not None
+        if x.dtype != ir.DataType.FLOAT:
+            (router_logits,) = build.op("Cast", router_logits, to=x.dtype)
         if bits is None:
             (rows,) = add_packed(model.graph, _dense(w_in))
             (y,) = build.op("MoE", x, router_logits, rows, None, w_out, domain=MS, **common)
         else:
-            expert_group = _group_size(static_shape(w_in)[2], group)
-            fc1 = add_packed(model.graph, _quantised_in(w_in, bits, expert_group))
-            fc2 = add_packed(model.graph, _quantised_out(w_out, bits, expert_group))
-            settings = common | {"expert_weight_bits": bits, "block_size": expert_group, "accuracy_level": 4}
+            expert_group = _group_size(static_shape(w_in)[2], group, kernels)
+            padding = -(static_shape(w_in)[1] // 2) % max(expert_group, kernels.expert_multiple)  # powers of two
+            fc1 = add_packed(model.graph, _quantised_in(w_in, bits, expert_group, padding))
+            fc2 = add_packed(model.graph, _quantised_out(w_out, bits, expert_group, padding))
+            settings = common | {"expert_weight_bits": bits, "block_size": expert_group}
+            if kernels.accuracy_level is not None:
+                settings["accuracy_level"] = kernels.accuracy_level
             (y,) = build.op("QMoE", x, router_logits, *fc1, None, *fc2, domain=MS, weights_prepacked=0, **settings)
         replace(node.outputs[0], y)
     return model, bool(nodes)
 
 
-def _group_size(hidden: int, group: int) -> int:
+def _group_size(hidden: int, group: int, kernels: Kernels) -> int:
+    multiple = max(GROUP_SIZES[-1], kernels.expert_multiple)
     size = fit_group(hidden, group)
-    if size is None:
-        fix = "use --precision fp32"
+    if size is None or hidden % multiple:
+        got, expected = f"hidden size {hidden}", f"a multiple of {multiple}"
         raise GateworkError(
-            "experts cannot be quantised", got=f"hidden size {hidden}", expected="a multiple of 16", fix=fix
+            "experts cannot be quantised for this target",
+            got=got,
+            expected=expected,
+            fix="use a precision of floating-point weights",
         )
     return size
 
@@ -74,28 +84,27 @@ def _dense(w_in: ir.Value) -> Pack:
     return Pack((spec.name,), outputs, lambda part: (interleave(part.to(spec.dtype)),))
 
 
-def _specs(name: str, experts: int, rows: int, columns: int, bits: int, group: int) -> tuple[TensorSpec, TensorSpec]:
-    codes = TensorSpec(f"{name}.codes", torch.uint8, (experts, rows, columns * bits // 8))
-    return codes, TensorSpec(f"{name}.scales", torch.float32, (experts, rows, columns // group))
+def _specs(spec: TensorSpec, rows: int, columns: int, bits: int, group: int) -> tuple[TensorSpec, TensorSpec]:
+    experts = spec.shape[0]
+    codes = TensorSpec(f"{spec.name}.codes", torch.uint8, (experts, rows, columns * bits // 8))
+    return codes, TensorSpec(f"{spec.name}.scales", spec.dtype, (experts, rows, columns // group))
 
 
-def _padding(width: int, group: int) -> int:
-    return -width % group
-
-
-def _quantised_in(w_in: ir.Value, bits: int, group: int) -> Pack:
+def _quantised_in(w_in: ir.Value, bits: int, group: int, padding: int) -> Pack:
     (spec,) = pack_of(w_in).outputs
-    E, rows, D = spec.shape
-    padding = _padding(rows // 2, group)
+    _, rows, D = spec.shape
 
-    def encode(part: Tensor, padding: int = padding) -> tuple[Tensor, ...]:
-        return quantize_rows(F.pad(interleave(part), (0, 0, 0, 2 * padding)), bits, group)
+    def encode(part: Tensor) -> tuple[Tensor, ...]:
+        return quantize_rows(F.pad(interleave(part), (0, 0, 0, 2 * padding)), bits, group, spec.dtype)
 
-    return Pack((spec.name,), _specs(spec.name, E, rows + 2 * padding, D, bits, group), encode)
+    return Pack((spec.name,), _specs(spec, rows + 2 * padding, D, bits, group), encode)
 
 
-def _quantised_out(w_out: ir.Value, bits: int, group: int) -> Pack:
+def _quantised_out(w_out: ir.Value, bits: int, group: int, padding: int) -> Pack:
     (spec,) = pack_of(w_out).outputs
-    E, D, width = spec.shape
-    encode = partial(quantize_rows, bits=bits, group=group)  # pads columns itself
-    return Pack((spec.name,), _specs(spec.name, E, D, width + _padding(width, group), bits, group), encode)
+    _, D, width = spec.shape
+
+    def encode(part: Tensor) -> tuple[Tensor, ...]:
+        return quantize_rows(F.pad(part, (0, padding)), bits, group, spec.dtype)
+
+    return Pack((spec.name,), _specs(spec, D, width + padding, bits, group), encode)

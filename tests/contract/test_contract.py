@@ -12,7 +12,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from gatework.export.targets import TARGETS
-from gatework.export.tensorrt.toolchain import REQUIREMENTS
+from gatework.plugins.tensorrt_module import REQUIREMENTS
 from tests.contract.bindings import MODULES, ROOT, VERSIONS, arguments, surface
 from tests.contract.tables import LACKING, LAYER_KINDS, OURS, PARAMETERS, RESULTS
 from tests.contract.walk import MISSING, Use, Walk

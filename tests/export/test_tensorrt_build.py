@@ -21,9 +21,9 @@ from gatework.export.calibrate import calibrate
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import ModelConfig
 from gatework.export.sizes import gpu_weight_bytes
-from gatework.export.tensorrt import toolchain
 from gatework.export.tensorrt.preflight import Preflight
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.machine import gpu_capability
 from gatework.plugins.moe.reference import unpack_int4
 from tests.checkpoints import make_checkpoint
 from tests.plan_text import compiled_products
@@ -177,7 +177,7 @@ def test_plan_only_leaves_the_experts_out(mixtral: Path) -> None:
         ),
         ({"target": "a100", "precision": "bf16", "strip_weights": True}, "needs a GPU; got none"),
         ({"target": "a100", "precision": "bf16", "group_size": 64}, "bf16 on a100 has no groups of weights; got .* 64"),
-        ({"target": "cpu", "precision": "int8", "plan_only": True}, "plan_only is for GPU targets"),
+        ({"target": "cpu", "precision": "int8", "plan_only": True}, "plan_only is for TensorRT targets"),
         (
             {"target": "a100", "precision": "int4", "device_memory": 10**5},
             "not fit the 0.1 MB of a100; got .*: weights",
@@ -185,7 +185,7 @@ def test_plan_only_leaves_the_experts_out(mixtral: Path) -> None:
     ],
 )
 def test_impossible_builds_are_refused_before_any_work(mixtral: Path, settings: dict[str, Any], message: str) -> None:
-    if settings["target"] == "h100" and toolchain.gpu_capability() == (9, 0):
+    if settings["target"] == "h100" and gpu_capability() == (9, 0):
         pytest.skip("this machine has an H100: nothing is impossible about it")
     out = mixtral.parent / "refused"
     with pytest.raises(GateworkError, match=message):
