@@ -20,9 +20,9 @@ class BuildOptions:
     does not divide takes the largest size that does. None: for int8 256 on cpu and 128 on cuda, for int4 32 on these; 128 for
     int4 of TensorRT, whose int8 has one scale per row.
 
-    For TensorRT only. toolchain: None chooses. calibration: file that holds the activations' ranges. strip_weights: leave the dense
-    weights out of the plan. plan_only: leave the experts unpacked; the engine cannot run. timing_cache: file shared by builds.
-    device_memory: bytes; None: the target's.
+    For TensorRT only. toolchain: None chooses. calibration: file that holds the activations' ranges. strip_weights: leave the
+    dense weights out of the plan. plan_only: leave the experts unpacked; the engine cannot run. timing_cache: file shared by
+    builds. device_memory: bytes; None: the target's.
     """
 
     target: str

@@ -16,6 +16,7 @@ import numpy as np
 
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import usable_cpus
+from gatework.runtime.backends.open import module_version
 from gatework.runtime.llm import LLM
 from gatework.runtime.sampling import SamplingParams
 
@@ -87,7 +88,8 @@ def bench(
         "gb_s": _rounded(per_token * decode / 1e9),
         "peak_rss_mb": _rounded(peak_rss() / 1e6),
         "load_s": _rounded(load),
-        "versions": {name: version(name) for name in ("gatework", "onnxruntime", "numpy")}
+        "versions": {name: version(name) for name in ("gatework", "numpy")}
+        | module_version(llm.engine)
         | {"python": platform.python_version()},
     }
 

@@ -105,8 +105,8 @@ def _sizes(config: ModelConfig, engine: dict[str, Any] | None, memories: dict[st
 
 
 def _value_bytes(engine: dict[str, Any]) -> int:
-    """Bytes of a cached key or value: CPU engines compute in float32, the others in 16 bits."""
-    return 4 if engine["target"] == "cpu" else 2
+    """Bytes of a cached key or value: CPU engines and fp32 compute in float32, the others in 16 bits."""
+    return 4 if engine["target"] == "cpu" or engine["precision"] == "fp32" else 2
 
 
 def _text(path: Path, config: ModelConfig, facts: dict[str, Any]) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from gatework.plugins import tensorrt_module
-from gatework.plugins.tensorrt_module import link_rtx_library, load_toolchain
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.tensorrt_module import link_rtx_library, load_toolchain
 
 
 def test_unknown_toolchain() -> None:
