@@ -88,9 +88,12 @@ def bench(
         "gb_s": _rounded(per_token * decode / 1e9),
         "peak_rss_mb": _rounded(peak_rss() / 1e6),
         "load_s": _rounded(load),
-        "versions": {name: version(name) for name in ("gatework", "numpy")}
-        | module_version(llm.engine)
-        | {"python": platform.python_version()},
+        "versions": {
+            "gatework": version("gatework"),
+            **module_version(llm.engine),
+            "numpy": version("numpy"),
+            "python": platform.python_version(),
+        },
     }
 
 

@@ -20,7 +20,7 @@ from gatework.plugins.moe.tensorrt import MoECreator, register
 from gatework.plugins.tensorrt_module import load_toolchain, process_logger
 from gatework.runtime.backends.device import Device
 from gatework.runtime.backends.experts import EXPERTS, upload
-from gatework.runtime.backends.kv import DeviceCache, KVLayout, align, cache_names
+from gatework.runtime.backends.kv import Cache, DeviceCache, KVLayout, align, cache_names
 from gatework.runtime.engine import Engine
 
 PLAN = "model.plan"
@@ -66,7 +66,7 @@ def kv_layout(model: dict[str, Any], max_seq: int, slots: int) -> KVLayout:
 
 
 def tensor_addresses(
-    inputs: int, logits: int, cache: DeviceCache, experts: dict[str, int], slot: int, shape: tuple[int, int]
+    inputs: int, logits: int, cache: Cache, experts: dict[str, int], slot: int, shape: tuple[int, int]
 ) -> dict[str, int]:
     """Where a step of `shape` [B, S] on the slots from `slot` on finds every tensor. present is past: updated in place."""
     places = buffers(*shape)

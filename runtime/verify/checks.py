@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gatework.export.checkpoint import Checkpoint
     from gatework.export.reference import Reference
 
-_TOOLS = ("gatework", "torch", "numpy")
+_TOOLS = ("gatework", "torch")
 _MOST_SLOTS = 8  # windows compared at once: the reference's logits of all of them are in memory
 _WINDOW_CHUNK = 32  # prefill step for windows, so that each gives several rows
 
@@ -82,7 +82,7 @@ def verify(
         run.windows(plan.windows, bar.update)
     checks = run.checks(bounds, has_text=text is not None)
     facts = plan.facts(engine) | run.facts(has_text=text is not None)
-    versions = {name: version(name) for name in _TOOLS} | module_version(engine)
+    versions = {name: version(name) for name in _TOOLS} | module_version(engine) | {"numpy": version("numpy")}
     facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
     return VerifyReport(str(engine.path), str(checkpoint.path), engine.manifest["precision"], checks, facts)
 
