@@ -7,6 +7,7 @@ everything else in it, are lowered by the same passes from a float32 trace; grap
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from gatework import GateworkError
+from gatework import LLM, GateworkError, SamplingParams
 from gatework.export import lower
 from gatework.export.build import build_engine
 from gatework.export.reference import Reference
@@ -88,6 +89,21 @@ def test_graph_equals_the_model(
     assert error <= RELATIVE[precision], f"max |d| / max |logit| by position: {errors}"
 
 
+def test_an_eight_layer_mixtral_gives_the_cpu_engines_tokens(tmp_path: Path) -> None:
+    """The public API on the float32 graph; rows that end at different steps move from slot to slot."""
+    path = make_checkpoint(tmp_path, "mixtral", num_layers=8, max_position_embeddings=96)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 128, length).tolist() for length in (3, 17, 40, 1, 9)]
+    params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (48, 5, 30, 48, 12)]
+    got = {}
+    for target in ("cpu", "cuda"):
+        engine = build_engine(path, tmp_path / target, target=target, precision="fp32", max_batch=3, prefill_chunk=16)
+        manifest = json.loads((engine / "manifest.json").read_text())
+        (engine / "manifest.json").write_text(json.dumps(manifest | {"target": "cpu"}))
+        got[target] = [completion.token_ids for completion in LLM(engine).generate(prompts, params)]
+    assert got["cuda"] == got["cpu"]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("model", ["mixtral", "dbrx", "mistral"])
 def test_bfloat16_graphs_are_well_typed(tmp_path: Path, model: str, precision: str) -> None:
@@ -113,7 +129,7 @@ def test_a_wrongly_typed_graph_is_noticed(tmp_path: Path) -> None:
     scale = next(tensor for tensor in model.graph.initializer if tensor.name == "layers.1.moe.w_in.scales")
     scale.data_type = onnx.TensorProto.FLOAT16
     onnx.save(model, engine / "model.onnx")
-    with pytest.raises(Exception, match="Type Error|INVALID_GRAPH|bound to different types"):
+    with pytest.raises(Exception, match=r"Type Error: Type parameter .* bound to different types"):
         ort.InferenceSession(engine / "model.onnx", providers=["CPUExecutionProvider"])
 
 

@@ -47,7 +47,8 @@ class Device:
         self.stream = _check(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking))
         self._memory: list[int] = []
         self._pinned: list[int] = []
-        weakref.finalize(self, _release, cudart, self.stream, self._memory, self._pinned)
+        self._graphs: list[Any] = []
+        weakref.finalize(self, _release, cudart, self.stream, self._memory, self._pinned, self._graphs)
 
     @property
     def stream_address(self) -> int:
@@ -125,6 +126,7 @@ class Device:
         graph = _check(ended)
         executable = _check(self.cudart.cudaGraphInstantiate(graph, 0))
         _check(self.cudart.cudaGraphDestroy(graph))
+        self._graphs.append(executable)
         return executable
 
     def launch(self, graph: Any) -> None:
@@ -140,9 +142,11 @@ def _check(result: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
-def _release(cudart: Any, stream: Any, memory: list[int], pinned: list[int]) -> None:
+def _release(cudart: Any, stream: Any, memory: list[int], pinned: list[int], graphs: list[Any]) -> None:
     """Free everything; errors do not matter any more."""
     cudart.cudaStreamSynchronize(stream)
+    for graph in graphs:
+        cudart.cudaGraphExecDestroy(graph)
     for address in memory:
         cudart.cudaFree(address)
     for address in pinned:

@@ -22,6 +22,7 @@ from gatework.runtime.engine import Engine
 
 _GRAPH = "model.onnx"
 _CUDA = "CUDAExecutionProvider"
+_WARNING, _FATAL = 2, 4  # severities of its log; the first is its default
 # Type of a cache: ONNX's number for it, which NumPy's lack of bfloat16 calls for, and bytes.
 _CACHE_TYPES = {"tensor(float)": (1, 4), "tensor(float16)": (10, 2), "tensor(bfloat16)": (16, 2)}
 
@@ -136,18 +137,22 @@ def _open_gpu() -> Any:
 
 def _open_session(engine: Engine, threads: int | None, *, on_gpu: bool) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.log_severity_level = 3 if not on_gpu else 4  # why a GPU was not taken is told below, in one line
+    options.log_severity_level = 3
     options.intra_op_num_threads = threads or usable_cpus()
     options.inter_op_num_threads = 1
     providers: list[Any] = ["CPUExecutionProvider"]
     if on_gpu:
+        providers.insert(0, (_CUDA, {"device_id": 0, "use_tf32": 0}))  # float32 means float32
         with redirect_stdout(io.StringIO()):  # it prints what it does not find
             ort.preload_dlls(directory="")
-        providers.insert(0, (_CUDA, {"device_id": 0, "use_tf32": 0}))  # float32 means float32
+        ort.set_default_logger_severity(_FATAL)  # why a GPU was not taken is told below, in one line
     try:
         session = ort.InferenceSession(engine.path / _GRAPH, options, providers=providers)
     except Exception as error:  # ONNX Runtime raises many unrelated types
         raise GateworkError(f"ONNX Runtime cannot load {engine.path / _GRAPH}: {error}") from error
+    finally:
+        if on_gpu:
+            ort.set_default_logger_severity(_WARNING)
     if on_gpu and session.get_providers()[0] != _CUDA:  # it goes on without the GPU, silently
         fix = "install a GPU driver, and CUDA and cuDNN of the version that onnxruntime-gpu names"
         got = session.get_providers()[0]

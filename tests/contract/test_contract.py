@@ -19,7 +19,8 @@ from tests.contract.walk import MISSING, Use, Walk
 
 CLASSES = """Builder IBuilderConfig ILayer ILogger ILogger.Severity INetworkDefinition IOptimizationProfile IProgressMonitor
     IStreamWriter ITensor ITimingCache LayerType OnnxParser ParserError DynamicPluginTensorDesc IPluginCreatorV3One
-    IPluginRegistry IExecutionContext ExecutionContextAllocationStrategy IPluginV3 IPluginV3OneBuild IPluginV3OneCore IPluginV3OneRuntime PluginField PluginTensorDesc ICudaEngine
+    IExecutionContext ExecutionContextAllocationStrategy
+    IPluginRegistry IPluginV3 IPluginV3OneBuild IPluginV3OneCore IPluginV3OneRuntime PluginField PluginTensorDesc ICudaEngine
     ISerializationConfig OnnxParserRefitter Refitter Runtime SerializationFlag"""
 ROOMS = ("export", "plugins", "runtime")
 

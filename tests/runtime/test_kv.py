@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_slots_follow_each_other_and_tensors_are_aligned() -> None:
 def test_no_two_slots_share_a_byte() -> None:
     starts = [LAYOUT.offset(name, slot) for name in LAYOUT.names for slot in range(LAYOUT.slots)]
     assert len(starts) == 12
-    assert all(a + LAYOUT.slot_bytes <= b for a, b in zip(starts, starts[1:], strict=False))
+    assert all(a + LAYOUT.slot_bytes <= b for a, b in pairwise(starts))
     assert starts[-1] + LAYOUT.slot_bytes <= LAYOUT.total
 
 
