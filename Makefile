@@ -10,7 +10,7 @@ PRECISION   ?= int8
 FLAGS       ?=
 NAME        := $(notdir $(MODEL:/=))
 ENGINE      ?= build/engines/$(NAME)-$(TARGET)-$(PRECISION)
-# Engines for GPUs in int8 and fp8 need the ranges of activations, which are measured over this text.
+# TensorRT engines in int8 and fp8 need the ranges of activations, which are measured over this text.
 CALIBRATION ?= build/calibrations/$(NAME).json
 CALIBRATION_TEXT ?= $(MODEL)/calibration.txt
 ENGINES     ?= examples/engines.txt
@@ -51,7 +51,7 @@ demo: engine ## Build an int8 engine from the bundled checkpoint, generate with 
 	$(BIN)/gatework bench $(ENGINE)
 	$(BIN)/gatework verify $(ENGINE) --reference $(MODEL) --text $(TEXT)
 
-ifneq ($(filter int8 fp8,$(if $(filter cpu,$(TARGET)),,$(PRECISION))),)
+ifneq ($(filter int8 fp8,$(if $(filter cpu cuda,$(TARGET)),,$(PRECISION))),)
 RANGES      := $(CALIBRATION)
 endif
 

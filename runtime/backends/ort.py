@@ -29,17 +29,26 @@ _CACHE_TYPES = {"tensor(float)": (1, 4), "tensor(float16)": (10, 2), "tensor(bfl
 
 @dataclass(slots=True)
 class _Step:
-    """What stays bound from run to run of one step: the cache rows, and the logits."""
+    """Buffers of one step's shape [B, S], bound to the session once and refilled in place."""
 
+    ids: np.ndarray  # [B, S] int64
+    positions: np.ndarray  # [B, S] int64
+    write_indices: np.ndarray  # [B] int64
     logits: np.ndarray  # [B, 1 or S, V] float32
     binding: ort.IOBinding
 
-    def run(self, session: ort.InferenceSession, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """Run on arrays of int64, and return the logits buffer, which the next run of this step overwrites."""
-        for name, array in inputs.items():  # where the device is a GPU, binding is what copies them there
-            self.binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
-        session.run_with_iobinding(self.binding)
-        return self.logits
+    def bind_inputs(self, names: list[str]) -> None:
+        """Bind those inputs that the graph has. Where a GPU computes, this is also what copies them there."""
+        arrays = {"input_ids": self.ids, "position_ids": self.positions, "write_indices": self.write_indices}
+        for name, array in arrays.items():
+            if name in names:
+                self.binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
+
+    def fill(self, tokens: np.ndarray, starts: np.ndarray) -> None:
+        """tokens [B, S] at positions from starts [B] on."""
+        self.ids[:] = tokens
+        self.write_indices[:] = starts
+        self.positions[:] = starts[:, None] + np.arange(tokens.shape[1])
 
 
 class OrtBackend:
@@ -56,9 +65,9 @@ class OrtBackend:
 
     def __init__(self, engine: Engine, *, max_batch: int, threads: int | None = None) -> None:
         self.max_batch, self.max_seq = max_batch, engine.limits.max_seq
-        on_gpu = engine.manifest["target"] != "cpu"
-        device = _open_gpu() if on_gpu else None
-        self.session = _open_session(engine, threads, on_gpu=on_gpu)
+        self._on_gpu = engine.manifest["target"] != "cpu"
+        device = _open_gpu() if self._on_gpu else None
+        self.session = _open_session(engine, threads, on_gpu=self._on_gpu)
         inputs = {value.name: value for value in self.session.get_inputs()}
         outputs = {output.name: output for output in self.session.get_outputs()}
         self._all_logits = outputs["logits"].shape[1] != 1
@@ -73,13 +82,13 @@ class OrtBackend:
         self._decode_steps: dict[tuple[int, int], _Step] = {}  # (first slot, slots)
         # ONNX Runtime's 4-bit CPU kernels round one row otherwise than several, so rows together would not give the tokens
         # that they give alone.
-        self._one_by_one = engine.manifest["precision"] == "int4" and not on_gpu
+        self._one_by_one = engine.manifest["precision"] == "int4" and not self._on_gpu
 
     def prefill(self, slot: int, tokens: list[int], start: int) -> np.ndarray:
         """Run `tokens` at positions start.. of a slot; returns the logits, [V] (or [S, V] from an all-logits graph)."""
         self._check_room(start + len(tokens))
         step = self._bind(slot, 1, len(tokens))
-        logits = step.run(self.session, self._inputs(np.array([tokens], np.int64), np.array([start], np.int64)))[0]
+        logits = self._run(step, np.array([tokens], np.int64), np.array([start], np.int64))[0]
         return logits if self._all_logits else logits[0]
 
     def decode(self, tokens: list[int], positions: list[int]) -> np.ndarray:
@@ -95,7 +104,15 @@ class OrtBackend:
         key = slot, len(ids)
         if key not in self._decode_steps:
             self._decode_steps[key] = self._bind(slot, len(ids), 1)
-        return self._decode_steps[key].run(self.session, self._inputs(ids, starts))[:, -1]
+        return self._run(self._decode_steps[key], ids, starts)[:, -1]
+
+    def _run(self, step: _Step, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Fill, run, and return the step's logits, which its next run overwrites."""
+        step.fill(ids, starts)
+        if self._on_gpu:
+            step.bind_inputs(self._input_names)
+        self.session.run_with_iobinding(step.binding)
+        return step.logits
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot's cache to another slot."""
@@ -104,24 +121,25 @@ class OrtBackend:
     def _check_room(self, end: int) -> None:
         assert end <= self.max_seq, f"{end} positions in a cache of {self.max_seq}"
 
-    def _inputs(self, ids: np.ndarray, starts: np.ndarray) -> dict[str, np.ndarray]:
-        """Those that the graph has, of ids [B, S] that begin at the positions starts [B]."""
-        positions = starts[:, None] + np.arange(ids.shape[1])
-        values = {"input_ids": ids, "position_ids": positions, "write_indices": starts}
-        return {name: value for name, value in values.items() if name in self._input_names}
-
     def _bind(self, first_slot: int, batch: int, length: int) -> _Step:
-        """Bind the cache rows [first_slot, first_slot + batch), and logits of the step's own."""
+        """Bind inputs, outputs and the cache rows [first_slot, first_slot + batch) to one step's buffers."""
         binding = self.session.io_binding()
         width = length if self._all_logits else 1
-        logits = np.zeros((batch, width, self._vocab_size), np.float32)
+        step = _Step(
+            ids=np.zeros((batch, length), np.int64),
+            positions=np.zeros((batch, length), np.int64),
+            write_indices=np.zeros(batch, np.int64),
+            logits=np.zeros((batch, width, self._vocab_size), np.float32),
+            binding=binding,
+        )
+        step.bind_inputs(self._input_names)
         shape = self._cache.layout.shape(batch)
         for name in self._cache.layout.names:
             place = (self._cache.device, 0, self._cache_type, shape, self._cache.address(name, first_slot))
             binding.bind_input(f"past.{name}", *place)
             binding.bind_output(f"present.{name}", *place)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        return _Step(logits, binding)
+        binding.bind_output("logits", "cpu", 0, np.float32, step.logits.shape, step.logits.ctypes.data)
+        return step
 
 
 def _open_gpu() -> Any:

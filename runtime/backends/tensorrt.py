@@ -130,6 +130,7 @@ class TensorRTBackend:
         self._scratch_bytes = scratch_bytes(self._plan)
         self._scratch = self._device.allocate(self._scratch_bytes, "scratch")
         self._check_tensors(tensor_names(self._plan))
+        check_types(trt, self._plan)
         self._prefill_context = self._new_context(PREFILL)
         self._decode_steps: dict[int, _DecodeStep] = {}  # by batch size
 
@@ -203,6 +204,7 @@ def attach_kernels(creator: MoECreator, engine: Engine) -> None:
 def load_plan(trt: Any, creator: MoECreator, path: str) -> Any:
     """The trt.ICudaEngine of a plan file. The plan belongs to one kind of GPU and one version of TensorRT."""
     logger = process_logger(trt)
+    logger.errors.clear()  # of builds in this process
     with creator.raising_errors():
         runtime = trt.Runtime(logger)
         with open(path, "rb") as file:  # noqa: PTH123
@@ -216,6 +218,14 @@ def load_plan(trt: Any, creator: MoECreator, path: str) -> Any:
 def tensor_names(plan: Any) -> list[str]:
     """All inputs and outputs."""
     return [plan.get_tensor_name(number) for number in range(plan.num_io_tensors)]
+
+
+def check_types(trt: Any, plan: Any) -> None:
+    """Raise unless the plan reads and writes the types that the buffers hold."""
+    expected = dict.fromkeys(("input_ids", "position_ids", "write_indices"), trt.DataType.INT64)
+    for name, data_type in (expected | {"logits": trt.DataType.FLOAT}).items():
+        if (found := plan.get_tensor_dtype(name)) != data_type:
+            raise GateworkError(f"the plan's {name} has the wrong type", got=found.name, expected=data_type.name)
 
 
 def scratch_bytes(plan: Any) -> int:

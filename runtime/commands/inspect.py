@@ -19,7 +19,7 @@ _ABOUT = """
     engine. No weights are read.
 
     The memory table counts the weights and the KV cache of one sequence at full context: float32 for fp32, int8 and
-    int4, as CPU engines have them; bfloat16 for bf16 and fp8, and for an engine built for a GPU. Activations come on top.
+    int4, as CPU engines have them; 16 bits for bf16 and fp8, and for GPU engines but fp32. Activations come on top.
 """
 _EXAMPLES = """
     gatework inspect examples/tiny-mixtral
