@@ -9,8 +9,7 @@ Not run yet: no GPU was at hand. What can be checked without one is: see tests/r
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from gatework.plugins.moe.tensorrt import MoECreator, register
 from gatework.plugins.tensorrt_module import load_toolchain, process_logger
 from gatework.runtime.backends.device import Device
 from gatework.runtime.backends.experts import EXPERTS, upload
-from gatework.runtime.backends.kv import Cache, DeviceCache, KVLayout, align, cache_names
+from gatework.runtime.backends.kv import ALIGNMENT, Cache, DeviceCache, KVLayout, align, cache_names
 from gatework.runtime.engine import Engine
 
 PLAN = "model.plan"
@@ -60,9 +59,16 @@ def fill(block: np.ndarray, tokens: np.ndarray, starts: np.ndarray) -> int:
 
 
 def kv_layout(model: dict[str, Any], max_seq: int, slots: int) -> KVLayout:
-    """Of a plan's caches."""
+    """Of a plan's caches. Raises GateworkError where slots would not be aligned as TensorRT demands of tensors."""
     names = cache_names(model["num_layers"])
-    return KVLayout(names, slots, model["num_kv_heads"], max_seq, model["head_dim"], _KV_ITEMSIZE)
+    layout = KVLayout(names, slots, model["num_kv_heads"], max_seq, model["head_dim"], _KV_ITEMSIZE)
+    if slots > 1 and layout.slot_bytes % ALIGNMENT:
+        fix = "build it with a --max-seq that is a multiple of 16, or load it with max_batch=1"
+        got, expected = f"slots of {layout.slot_bytes} bytes", f"multiples of {ALIGNMENT}"
+        raise GateworkError(
+            "the engine's cache cannot be shared by several sequences", got=got, expected=expected, fix=fix
+        )
+    return layout
 
 
 def tensor_addresses(
@@ -91,12 +97,11 @@ def input_shapes(layout: KVLayout, batch: int, tokens: int) -> dict[str, tuple[i
     return shapes | {f"past.{name}": layout.shape(batch) for name in layout.names}
 
 
-@dataclass(slots=True)
-class _DecodeStep:
-    """One batch size: its context, bound to the first slots, and the graph once captured."""
+class _DecodeStep(NamedTuple):
+    """One batch size: its context, bound to the first slots, which has to outlive the graph that was captured of it."""
 
     context: Any
-    graph: Any = None
+    graph: Any
 
 
 class TensorRTBackend:
@@ -117,7 +122,7 @@ class TensorRTBackend:
         self._trt = trt = load_toolchain(module)
         self._creator = register(trt)
         attach_kernels(self._creator, engine)
-        self._plan = load_plan(trt, self._creator, os.fspath(engine.path / PLAN))
+        self._plan = load_plan(trt, self._creator, engine.path / PLAN)
         self._vocab_size: int = engine.model["vocab_size"]
         self._chunk = engine.limits.prefill_chunk
         nbytes = largest_buffers(max_batch, self._chunk)
@@ -147,16 +152,16 @@ class TensorRTBackend:
         assert max(positions) < self.max_seq
         batch = len(tokens)
         nbytes = fill(self._host_inputs, np.array(tokens, np.int64)[:, None], np.array(positions, np.int64))
-        step = self._decode_steps.get(batch)
-        if step is None:
-            step = self._decode_steps[batch] = _DecodeStep(self._new_context(DECODE))
-            self._bind(step.context, batch, 1, 0)
-            self._enqueue(step.context, nbytes, batch)  # TensorRT wants a run before a capture
-            logits = self._read(batch)
-            step.graph = self._device.capture(lambda: self._enqueue(step.context, nbytes, batch))
-            return logits
-        self._device.launch(step.graph)
-        return self._read(batch)
+        if (step := self._decode_steps.get(batch)) is not None:
+            self._device.launch(step.graph)
+            return self._read(batch)
+        context = self._new_context(DECODE)
+        self._bind(context, batch, 1, 0)
+        self._enqueue(context, nbytes, batch)  # TensorRT wants a run before a capture
+        logits = self._read(batch)
+        graph = self._device.capture(lambda: self._enqueue(context, nbytes, batch))
+        self._decode_steps[batch] = _DecodeStep(context, graph)
+        return logits
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot's cache to another slot."""
@@ -201,14 +206,13 @@ def attach_kernels(creator: MoECreator, engine: Engine) -> None:
         raise GateworkError("this version of Gatework has no GPU kernels for gatework::MoE: the plan cannot run")
 
 
-def load_plan(trt: Any, creator: MoECreator, path: str) -> Any:
+def load_plan(trt: Any, creator: MoECreator, path: Path) -> Any:
     """The trt.ICudaEngine of a plan file. The plan belongs to one kind of GPU and one version of TensorRT."""
     logger = process_logger(trt)
     logger.errors.clear()  # of builds in this process
     with creator.raising_errors():
         runtime = trt.Runtime(logger)
-        with open(path, "rb") as file:  # noqa: PTH123
-            plan = runtime.deserialize_cuda_engine(file.read())
+        plan = runtime.deserialize_cuda_engine(path.read_bytes())
         if plan is None:
             fix = "build it with the TensorRT installed here, on or for this GPU"
             raise GateworkError(f"{trt.__name__} cannot load {path}", got=_reason(logger), fix=fix)

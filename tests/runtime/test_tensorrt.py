@@ -49,7 +49,7 @@ def test_inputs_lie_aligned_behind_each_other(batch: int, count: int) -> None:
 
 
 def test_every_tensor_has_an_address_and_the_cache_is_updated_in_place() -> None:
-    cache = HostCache(kv_layout(MODEL, 10, 4))
+    cache = HostCache(kv_layout(MODEL, 12, 4))
     found = tensor_addresses(0x1000, 0x2000, cache, {"layers.0.moe.w_in": 0x3000}, 2, (1, 40))
     places = buffers(1, 40)
     assert found["input_ids"] == 0x1000
@@ -62,11 +62,19 @@ def test_every_tensor_has_an_address_and_the_cache_is_updated_in_place() -> None
     assert len(set(found.values())) == len(found) - 4
 
 
+def test_slots_that_tensorrt_would_not_take() -> None:
+    with pytest.raises(
+        GateworkError, match=r"got slots of 640 bytes; expected multiples of 256; fix: .*multiple of 16"
+    ):
+        kv_layout(MODEL, 10, 2)
+    assert kv_layout(MODEL, 10, 1).slot_bytes == 640
+
+
 def test_open_shapes() -> None:
-    shapes = input_shapes(kv_layout(MODEL, 10, 4), 3, 1)
+    shapes = input_shapes(kv_layout(MODEL, 12, 4), 3, 1)
     assert shapes["input_ids"] == shapes["position_ids"] == (3, 1)
     assert shapes["write_indices"] == (3,)
-    assert {shapes[f"past.{name}"] for name in cache_names(2)} == {(3, 2, 10, 16)}
+    assert {shapes[f"past.{name}"] for name in cache_names(2)} == {(3, 2, 12, 16)}
     assert len(shapes) == 3 + 4
 
 
