@@ -168,6 +168,15 @@ def test_experts_of_quantised_kernels_come_in_multiples_of_64(tmp_path: Path) ->
     assert tensors["layers.0.moe.w_out.scales"] == {"dtype": "bfloat16", "shape": [8, 64, 1]}
 
 
+def test_dense_experts_of_odd_width_are_refused(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "mixtral", intermediate_size=50)
+    for precision, multiple in (("fp32", 4), ("bf16", 8)):
+        with pytest.raises(
+            GateworkError, match=f"do not fit .*; got hidden size 64, width 50; expected .* {multiple};"
+        ):
+            build_engine(path, tmp_path / "engine", target="cuda", precision=precision)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

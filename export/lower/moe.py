@@ -44,6 +44,7 @@ def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int, kernels: Ke
         if x.dtype != ir.DataType.FLOAT:
             (router_logits,) = build.op("Cast", router_logits, to=x.dtype)
         if bits is None:
+            _check_sizes(static_shape(w_out), kernels.dense_multiple)
             (rows,) = add_packed(model.graph, _dense(w_in))
             (y,) = build.op("MoE", x, router_logits, rows, None, w_out, domain=MS, **common)
         else:
@@ -57,6 +58,18 @@ def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int, kernels: Ke
             (y,) = build.op("QMoE", x, router_logits, *fc1, None, *fc2, domain=MS, weights_prepacked=0, **settings)
         replace(node.outputs[0], y)
     return model, bool(nodes)
+
+
+def _check_sizes(shape: tuple[int, ...], multiple: int) -> None:
+    """Of w_out [E, D, I]."""
+    _, hidden, width = shape
+    if hidden % multiple or width % multiple:
+        raise GateworkError(
+            "the experts do not fit this target's kernels",
+            got=f"hidden size {hidden}, width {width}",
+            expected=f"multiples of {multiple}",
+            fix="use --target cpu",
+        )
 
 
 def _group_size(hidden: int, group: int, kernels: Kernels) -> int:
