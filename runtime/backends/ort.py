@@ -109,9 +109,13 @@ class OrtBackend:
     def _run(self, step: _Step, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """Fill, run, and return the step's logits, which its next run overwrites."""
         step.fill(ids, starts)
-        if self._on_gpu:
-            step.bind_inputs(self._input_names)
+        if not self._on_gpu:
+            self.session.run_with_iobinding(step.binding)
+            return step.logits
+        step.bind_inputs(self._input_names)
+        step.binding.synchronize_inputs()
         self.session.run_with_iobinding(step.binding)
+        step.binding.synchronize_outputs()
         return step.logits
 
     def move(self, source: int, target: int, length: int) -> None:
