@@ -10,7 +10,7 @@ PRECISION   ?= int8
 FLAGS       ?=
 NAME        := $(notdir $(MODEL:/=))
 ENGINE      ?= build/engines/$(NAME)-$(TARGET)-$(PRECISION)
-# Engines for GPUs in int8 and fp8 need the ranges of activations, which are measured over this text.
+# TensorRT engines in int8 and fp8 need the ranges of activations, which are measured over this text.
 CALIBRATION ?= build/calibrations/$(NAME).json
 CALIBRATION_TEXT ?= $(MODEL)/calibration.txt
 ENGINES     ?= examples/engines.txt
@@ -38,7 +38,7 @@ help: ## Print this list
 
 setup: $(READY) ## Make .venv with the gatework command and everything that building and testing need
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(wildcard plugins/moe/cpu/*.cpp plugins/moe/cpu/*.h plugins/moe/cpu/CMakeLists.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	    { echo 'gatework needs Python 3.11 or newer and "$(PYTHON)" is not: name one, as in make PYTHON=python3.12' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -51,7 +51,7 @@ demo: engine ## Build an int8 engine from the bundled checkpoint, generate with 
 	$(BIN)/gatework bench $(ENGINE)
 	$(BIN)/gatework verify $(ENGINE) --reference $(MODEL) --text $(TEXT)
 
-ifneq ($(filter int8 fp8,$(if $(filter cpu,$(TARGET)),,$(PRECISION))),)
+ifneq ($(filter int8 fp8,$(if $(filter cpu cuda,$(TARGET)),,$(PRECISION))),)
 RANGES      := $(CALIBRATION)
 endif
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import Dtype
-from gatework.export.lower import lower_to_cpu
+from gatework.export.lower import CUDA_DTYPES, lower_to_cpu, lower_to_cuda
 from gatework.export.lower.packed import to_contrib
 from gatework.export.materialize import write_model
 from gatework.export.onnx_export import add_function_body, trace
@@ -63,7 +63,7 @@ def build_engine(
             report(plan)
     with new_directory(Path(out), force) as directory:
         if compiler is None:
-            names, facts = _compile_cpu(checkpoint, directory, options, progress)
+            names, facts = _write_graph(checkpoint, directory, options, progress)
         else:
             names, facts = compile_tensorrt(checkpoint, directory, options, compiler, scales, progress=progress)
         finish_engine(directory, names, checkpoint, options, inputs, tools, facts)
@@ -101,15 +101,20 @@ def finish_engine(
     (directory / engine_format.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def _compile_cpu(
+def _write_graph(
     checkpoint: Checkpoint, directory: Path, options: BuildOptions, progress: bool
 ) -> tuple[list[str], dict[str, Any]]:
+    """The lowered graph for ONNX Runtime, which compiles nothing, and its weights; returns file names and facts."""
     assert options.max_seq is not None
-    model = trace(checkpoint.config, options.max_seq)
-    model = lower_to_cpu(model, checkpoint.config, options.precision, options.group)  # type: ignore[arg-type]
-    names, facts = write_model(model, checkpoint, directory, progress=progress), weight_facts(model, checkpoint.config)
-    model, modified = to_contrib(model)
-    if modified:  # the same for machines without the kernels' library
+    config, precision = checkpoint.config, options.precision
+    if options.target == "cuda":
+        model = trace(config, options.max_seq, dtype=CUDA_DTYPES[precision])  # type: ignore[index]
+        model = lower_to_cuda(model, config, precision, options.group)  # type: ignore[arg-type]
+    else:
+        model = lower_to_cpu(trace(config, options.max_seq), config, precision, options.group)  # type: ignore[arg-type]
+    names, facts = write_model(model, checkpoint, directory, progress=progress), weight_facts(model, config)
+    model, packed = to_contrib(model)
+    if packed:  # the same for machines without the kernels' library
         ir.save(model, directory / engine_format.FALLBACK)
         names.append(engine_format.FALLBACK)
     return names, facts

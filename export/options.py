@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gatework.export.config import ModelConfig
-from gatework.export.groups import DEFAULT_GROUPS, GPU_GROUPS, GROUP_SIZES
 from gatework.export.targets import Target, target_for
 from gatework.plugins.errors import GateworkError
 
@@ -17,12 +16,13 @@ class BuildOptions:
 
     max_seq: S_max, cache positions per sequence, prompt and output together; None: the model's own context length.
     max_batch: sequences decoded at once. prefill_chunk: most prompt tokens in one step.
-    group_size: weights that share a scale, at most, a power of two from 16 to 256; a matrix whose rows it does not divide takes
-    the largest size that does. None: 256 for int8 on CPUs, 32 for int4 there and 128 on GPUs, where int8 has one scale per row.
+    group_size: weights that share a scale, at most, a power of two from 16 to 256 (32 to 128 for cuda); a matrix whose rows it
+    does not divide takes the largest size that does. None: for int8 128 and for int4 32 on cpu and cuda; 128 for
+    int4 of TensorRT, whose int8 has one scale per row.
 
-    For GPUs only. toolchain: None chooses. calibration: file that holds the activations' ranges. strip_weights: leave the dense
-    weights out of the plan. plan_only: leave the experts unpacked; the engine cannot run. timing_cache: file shared by builds.
-    device_memory: bytes; None: the target's.
+    For TensorRT only. toolchain: None chooses. calibration: file that holds the activations' ranges. strip_weights: leave the
+    dense weights out of the plan. plan_only: leave the experts unpacked; the engine cannot run. timing_cache: file shared by
+    builds. device_memory: bytes; None: the target's.
     """
 
     target: str
@@ -40,8 +40,10 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         target = target_for(self.target, self.precision)
-        if self.group_size is not None and self.group_size not in GROUP_SIZES:
-            raise GateworkError("group size cannot be used", got=self.group_size, expected="16, 32, 64, 128 or 256")
+        if self.group_size is not None and self.group_size not in target.group_sizes:
+            *sizes, largest = sorted(target.group_sizes)
+            expected = f"{', '.join(map(str, sizes))} or {largest}"
+            raise GateworkError("group size cannot be used", got=self.group_size, expected=expected)
         if self.group_size is not None and not self.group:
             got = f"a group size of {self.group_size}"
             raise GateworkError(
@@ -53,7 +55,9 @@ class BuildOptions:
         if target.capability is None:
             for name in ("toolchain", "calibration", "strip_weights", "plan_only", "timing_cache", "device_memory"):
                 if getattr(self, name):
-                    raise GateworkError(f"{name} is for GPU targets", got=f"target {self.target}", fix="leave it out")
+                    raise GateworkError(
+                        f"{name} is for TensorRT targets", got=f"target {self.target}", fix="leave it out"
+                    )
 
     @property
     def device(self) -> Target:
@@ -63,8 +67,7 @@ class BuildOptions:
     @property
     def group(self) -> int:
         """The group size to use; 0 where the precision has none."""
-        defaults = DEFAULT_GROUPS if self.device.capability is None else GPU_GROUPS
-        default = defaults.get(self.precision, 0)
+        default = self.device.groups.get(self.precision, 0)
         return (self.group_size or default) if default else 0
 
     def fitted_to(self, config: ModelConfig) -> BuildOptions:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from gatework.export.config import ModelConfig
 from gatework.export.groups import DEFAULT_GROUPS, HEAD_BITS, HEAD_GROUP, PADDED_GROUP, fit_group
+from gatework.plugins.moe.cpu_ops import BLOCK_ROWS
 
 Precision = Literal["fp32", "bf16", "fp8", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp8", "int8", "int4")
@@ -15,7 +16,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp8", "int8", "int4")
 KV_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp8": 2, "int8": 4, "int4": 4}
 _BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
 GPU_VALUE = 2  # bytes of an activation, a cached key or value: bfloat16 or float16
-_SCALE = 4  # bytes: float32
+_SCALE = 2  # bytes: bfloat16; of the embedding table float32
 
 
 def weight_bytes(config: ModelConfig, precision: Precision, group: int | None = None) -> int | None:
@@ -92,6 +93,8 @@ def _grouped_bytes(name: str, shape: tuple[int, ...], bits: int, group: int, con
         return _matrix_bytes(shape, bits, group)
     assert size is not None, name
     rows, columns = math.prod(shape[:-1]), shape[-1]
+    if is_embedding:
+        return rows * (columns * bits // 8 + columns // size * 4)
     padding = -config.intermediate_size % size  # an expert's width comes in whole groups
     if name.endswith("moe.w_in"):
         rows += 2 * padding * shape[0]
@@ -101,11 +104,11 @@ def _grouped_bytes(name: str, shape: tuple[int, ...], bits: int, group: int, con
 
 
 def _head_bytes(shape: tuple[int, ...], bits: int, group: int) -> int:
-    """The output head has 8 bits at least, and then groups of 256."""
+    """The output head has 8 bits at least, and then groups of 128."""
     return _matrix_bytes(shape, bits, group) if bits >= HEAD_BITS else _matrix_bytes(shape, HEAD_BITS, HEAD_GROUP)
 
 
 def _matrix_bytes(shape: tuple[int, ...], bits: int, group: int) -> int:
     N, K = shape
     size = fit_group(K, group) or min(group, PADDED_GROUP)
-    return N * -(-K // size) * (size * bits // 8 + _SCALE)
+    return (N + -N % BLOCK_ROWS) * -(-K // size) * (size * bits // 8 + _SCALE)

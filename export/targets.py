@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from gatework.export.groups import DEFAULT_GROUPS, GPU_GROUPS, GROUP_SIZES
 from gatework.plugins.errors import GateworkError
 
 Toolchain = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
@@ -14,14 +16,18 @@ Toolchain = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
 class Target:
     """A kind of device.
 
-    toolchains: in order of preference; tensorrt compiles only on such a device, tensorrt_rtx on any machine.
-    capability: CUDA compute capability, (major, minor); None for CPUs.
+    toolchains: in order of preference; tensorrt compiles only on such a device, tensorrt_rtx on any machine. onnxruntime
+    compiles nothing: it loads the lowered graph.
+    groups: weights that share a scale, by precision, where they are stored in groups. group_sizes: those to choose from.
+    capability: CUDA compute capability, (major, minor), that TensorRT compiles for; None for ONNX Runtime's targets.
     memory: bytes of the device; None where it is not a fixed size.
     """
 
     name: str
     precisions: tuple[str, ...]
     toolchains: tuple[Toolchain, ...]
+    groups: Mapping[str, int]
+    group_sizes: tuple[int, ...] = GROUP_SIZES
     capability: tuple[int, int] | None = None
     memory: int | None = None
 
@@ -32,18 +38,39 @@ class Target:
         return "SM{}{}".format(*self.capability)
 
 
+def _gpu(
+    name: str, precisions: tuple[str, ...], toolchains: tuple[Toolchain, ...], capability: tuple[int, int], memory: int
+) -> Target:
+    return Target(
+        name=name,
+        precisions=precisions,
+        toolchains=toolchains,
+        groups=GPU_GROUPS,
+        capability=capability,
+        memory=memory,
+    )
+
+
 _SM80 = ("bf16", "fp16", "int8", "int4")  # no float8 arithmetic before SM89
 _SM89 = ("bf16", "fp16", "fp8", "int8", "int4")
 _ANY: tuple[Toolchain, ...] = ("tensorrt", "tensorrt_rtx")
+_ORT: tuple[Toolchain, ...] = ("onnxruntime",)
 TARGETS = {
     target.name: target
     for target in (
-        Target(name="cpu", precisions=("fp32", "int8", "int4"), toolchains=("onnxruntime",)),
-        Target(name="a100", precisions=_SM80, toolchains=_ANY, capability=(8, 0), memory=80 << 30),
-        Target(name="h100", precisions=_SM89, toolchains=("tensorrt",), capability=(9, 0), memory=80 << 30),
-        Target(name="h200", precisions=_SM89, toolchains=("tensorrt",), capability=(9, 0), memory=141 * 10**9),
-        Target(name="ada", precisions=_SM89, toolchains=_ANY, capability=(8, 9), memory=48 << 30),
-        Target(name="rtx50", precisions=_SM89, toolchains=_ANY, capability=(12, 0), memory=32 << 30),
+        Target(name="cpu", precisions=("fp32", "int8", "int4"), toolchains=_ORT, groups=DEFAULT_GROUPS),
+        Target(
+            name="cuda",
+            precisions=("fp32", "bf16", "fp16", "int8", "int4"),
+            toolchains=_ORT,
+            groups=DEFAULT_GROUPS,
+            group_sizes=(128, 64, 32),
+        ),
+        _gpu("a100", _SM80, _ANY, (8, 0), 80 << 30),
+        _gpu("h100", _SM89, ("tensorrt",), (9, 0), 80 << 30),
+        _gpu("h200", _SM89, ("tensorrt",), (9, 0), 141 * 10**9),
+        _gpu("ada", _SM89, _ANY, (8, 9), 48 << 30),
+        _gpu("rtx50", _SM89, _ANY, (12, 0), 32 << 30),
     )
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 from gatework.export.options import BuildOptions
 from gatework.export.tensorrt.toolchain import choose_compiler
 from gatework.plugins import engine_format
+from gatework.plugins.machine import onnxruntime_version
 
 TOOLS = ("gatework", "torch", "onnx", "onnxscript", "onnx-ir")
 
@@ -19,7 +20,7 @@ def tool_versions(options: BuildOptions) -> dict[str, str]:
     """Versions of all that takes part in a build, the compiler that would be chosen on this machine included."""
     tools = {tool: version(tool) for tool in TOOLS}
     if options.device.capability is None:
-        return tools | {"onnxruntime": version("onnxruntime")}
+        return tools | {"onnxruntime": onnxruntime_version()}
     compiler = choose_compiler(options.device, options.toolchain)
     return tools | {compiler.module: compiler.version}
 

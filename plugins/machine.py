@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from importlib.metadata import PackageNotFoundError, version
+
+_CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR; MINOR follows
 
 
 def usable_cpus() -> int:
@@ -10,3 +14,27 @@ def usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def gpu_capability() -> tuple[int, int] | None:
+    """Compute capability of the first GPU, from the CUDA driver; None without driver or GPU."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    calls = (
+        lambda: cuda.cuInit(0),
+        lambda: cuda.cuDeviceGet(ctypes.byref(device), 0),
+        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device),
+        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MAJOR + 1, device),
+    )
+    return None if any(call() for call in calls) else (major.value, minor.value)
+
+
+def onnxruntime_version() -> str:
+    """Of the package that provides the module `onnxruntime`: for CPUs, or for NVIDIA GPUs."""
+    try:
+        return version("onnxruntime")
+    except PackageNotFoundError:
+        return version("onnxruntime-gpu")

@@ -16,6 +16,7 @@ import numpy as np
 
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import usable_cpus
+from gatework.runtime.backends.open import module_version
 from gatework.runtime.llm import LLM
 from gatework.runtime.sampling import SamplingParams
 
@@ -87,8 +88,12 @@ def bench(
         "gb_s": _rounded(per_token * decode / 1e9),
         "peak_rss_mb": _rounded(peak_rss() / 1e6),
         "load_s": _rounded(load),
-        "versions": {name: version(name) for name in ("gatework", "onnxruntime", "numpy")}
-        | {"python": platform.python_version()},
+        "versions": {
+            "gatework": version("gatework"),
+            **module_version(llm.engine),
+            "numpy": version("numpy"),
+            "python": platform.python_version(),
+        },
     }
 
 

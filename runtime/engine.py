@@ -145,6 +145,8 @@ def _check_numbers(file: Path, manifest: dict[str, Any]) -> None:
     eos = model.get("eos_token_ids")
     if not _is_count(model.get("vocab_size")) or not isinstance(eos, list) or not all(type(x) is int for x in eos):
         raise _damaged(file, "its model's vocabulary is not known")
+    if not all(_is_count(model.get(name)) for name in ("num_layers", "num_kv_heads", "head_dim")) or "moe" not in model:
+        raise _damaged(file, "its model's layers are not known")
 
 
 def _is_count(value: object) -> bool:

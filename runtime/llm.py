@@ -12,7 +12,7 @@ from operator import index
 from typing import get_args
 
 from gatework.plugins.errors import GateworkError
-from gatework.runtime.backends.ort import OrtBackend
+from gatework.runtime.backends.open import open_backend
 from gatework.runtime.chat import Message, render_chat
 from gatework.runtime.engine import Check, Engine
 from gatework.runtime.sampling import Sampler, SamplingParams
@@ -59,7 +59,7 @@ class LLM:
     Args:
         engine_dir: a folder written by `gatework build`.
         max_batch: sequences decoded at once; default: the engine's limit.
-        threads: CPU threads; default: all that this process may use.
+        threads: CPU threads of ONNX Runtime; default: all that this process may use.
         check: how thoroughly files are verified, see `Engine.open`.
 
     Raises:
@@ -85,7 +85,7 @@ class LLM:
             raise GateworkError("unknown check", got=repr(check), expected=" or ".join(get_args(Check)))
         with ThreadPoolExecutor(1) as pool:  # the weights are hashed while the session is made of them
             hashing = pool.submit(self.engine.check_weights, check)
-            self._backend = OrtBackend(self.engine, max_batch=batch, threads=threads)
+            self._backend = open_backend(self.engine, max_batch=batch, threads=threads)
             hashing.result()
         self._scheduler = Scheduler(self._backend, self.engine.limits.prefill_chunk)
         self._lock = threading.Lock()

@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 class Backend(Protocol):
-    """What the scheduler needs of an engine; see `gatework.runtime.backends.ort`."""
+    """What the scheduler needs of an engine; see `gatework.runtime.backends`."""
 
     max_batch: int
     max_seq: int

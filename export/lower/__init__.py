@@ -6,13 +6,15 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from gatework.export.config import ModelConfig
+from gatework.export.config import Dtype, ModelConfig
 from gatework.export.lower.attention import to_group_query_attention
+from gatework.export.lower.clip import clip_in_float32
 from gatework.export.lower.embedding import to_gather_block_quantized
 from gatework.export.lower.experts import quantize_experts
 from gatework.export.lower.graph import tidy
+from gatework.export.lower.kernels import CPU_KERNELS, CUDA_FLOAT32_KERNELS, CUDA_KERNELS, Kernels
 from gatework.export.lower.last_position import hoist_last_position
-from gatework.export.lower.linear import to_fused_matmul
+from gatework.export.lower.linear import to_fused_matmul, to_matmul_nbits
 from gatework.export.lower.moe import to_contrib_moe
 from gatework.export.lower.norm import fuse_residual_norm
 from gatework.export.lower.packed import to_packed_matmul, to_packed_moe
@@ -27,26 +29,54 @@ WEIGHT_FORMATS: dict[GpuPrecision, WeightFormat] = {
     "int8": "int8",
     "int4": "int4",
 }
-CpuPrecision = Literal["fp32", "int8", "int4"]
-BITS: dict[CpuPrecision, int | None] = {"fp32": None, "int8": 8, "int4": 4}
+OrtPrecision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+# Types of activations, caches and scales on GPUs.
+CUDA_DTYPES: dict[OrtPrecision, Dtype] = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "int8": "bfloat16",
+    "int4": "bfloat16",
+}
+_BITS: dict[OrtPrecision, int] = {"int8": 8, "int4": 4}
 
 
-def lower_to_cpu(model: ir.Model, config: ModelConfig, precision: CpuPrecision, group: int) -> ir.Model:
-    """Rewrite a canonical float32 graph, in place, for ONNX Runtime's CPU kernels.
+def lower_to_cpu(model: ir.Model, config: ModelConfig, precision: OrtPrecision, group: int) -> ir.Model:
+    """Rewrite a canonical float32 graph, in place, for the CPU.
 
     Post: products, experts and embedding are in the precision asked for; routers, norms and activations are float32.
     """
-    bits = BITS[precision]
+    return _lower_to_ort(model, config, _BITS.get(precision), group, CPU_KERNELS)
+
+
+def lower_to_cuda(model: ir.Model, config: ModelConfig, precision: OrtPrecision, group: int) -> ir.Model:
+    """Rewrite a canonical graph, in place, for ONNX Runtime's CUDA kernels.
+
+    Pre: traced in the type of its activations, `CUDA_DTYPES`.
+
+    Post: products, experts and embedding are in the precision asked for; routers are float32, all else has the graph's own
+    type. In float32 the attention keeps its standard operators.
+    """
+    kernels = CUDA_FLOAT32_KERNELS if precision == "fp32" else CUDA_KERNELS
+    return _lower_to_ort(model, config, _BITS.get(precision), group, kernels)
+
+
+def _lower_to_ort(model: ir.Model, config: ModelConfig, bits: int | None, group: int, kernels: Kernels) -> ir.Model:
     model, _ = hoist_last_position(model)
-    model, _ = to_group_query_attention(model, config)
-    if bits is None:
-        model, _ = to_contrib_moe(model)
-    else:
+    if kernels.fused_attention:
+        model, _ = to_group_query_attention(model, config, query_lengths=kernels.query_lengths)
+    if bits is not None and kernels.packed:
         model, _ = to_packed_moe(model, bits=bits, group=group)
         model, _ = to_packed_matmul(model, bits=bits, group=group)
+    else:
+        model, _ = to_contrib_moe(model, bits=bits, group=group, kernels=kernels)
+        if bits is not None:
+            model, _ = to_matmul_nbits(model, bits=bits, group=group)
+    if bits is not None:
         model, _ = to_gather_block_quantized(model, bits=bits, group=group)
     model, _ = to_fused_matmul(model)
     model, _ = fuse_residual_norm(model)
+    model, _ = clip_in_float32(model)
     return tidy(model)
 
 

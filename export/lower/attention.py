@@ -22,26 +22,25 @@ _QUERY_SEQLENS = 16  # input index of GroupQueryAttention
 class _Lengths(NamedTuple):
     seqlens_k: ir.Value
     total: ir.Value
-    query: ir.Value
+    query: ir.Value | None
 
 
-def to_group_query_attention(model: ir.Model, config: ModelConfig) -> tuple[ir.Model, bool]:
-    """Rewrite every attention layer."""
+def to_group_query_attention(model: ir.Model, config: ModelConfig, *, query_lengths: bool) -> tuple[ir.Model, bool]:
+    """Rewrite every attention layer; `query_lengths` gives the operator its optional input of that meaning."""
     if config.head_dim % 16:
         return model, False
     attentions = [node for node in model.graph if node.op_type == "Attention"]
-    lengths = _lengths(model.graph)
+    lengths = _lengths(model.graph, query_lengths)
     for node in attentions:
         _rewrite(model.graph, node, config, lengths)
     return model, bool(attentions)
 
 
-def _lengths(graph: ir.Graph) -> _Lengths:
-    """Keys per row after this step less one, their maximum over the batch, and new tokens per row; int32."""
+def _lengths(graph: ir.Graph, query_lengths: bool) -> _Lengths:
+    """Keys per row after this step less one, their maximum over the batch, and, if asked for, new tokens per row; int32."""
     inputs = {value.name: value for value in graph.inputs}
     build = Builder(graph, graph[0])
     (seq,) = build.op("Shape", inputs["input_ids"], start=1, end=2)  # [1]
-    (batch,) = build.op("Shape", inputs["input_ids"], start=0, end=1)
     one = build.constant(np.array(1, np.int64))
     (last,) = build.op("Sub", seq, one)
     (ends,) = build.op("Add", inputs["write_indices"], last)  # [B]
@@ -49,6 +48,9 @@ def _lengths(graph: ir.Graph) -> _Lengths:
     (longest,) = build.op("ReduceMax", ends, keepdims=0)
     (total64,) = build.op("Add", longest, one)
     (total,) = build.op("Cast", total64, to=ir.DataType.INT32)
+    if not query_lengths:
+        return _Lengths(seqlens_k, total, None)
+    (batch,) = build.op("Shape", inputs["input_ids"], start=0, end=1)
     (rows,) = build.op("Expand", seq, batch)
     (query,) = build.op("Cast", rows, to=ir.DataType.INT32)
     return _Lengths(seqlens_k, total, query)
@@ -63,7 +65,8 @@ def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: _Leng
     qkv = _packed_projection(graph, build, [q_rope.inputs[0], k_rope.inputs[0], v_write.inputs[1]], config)
     past = (k_write.inputs[0], v_write.inputs[0])
     inputs = [qkv, None, None, *past, lengths.seqlens_k, lengths.total, q_rope.inputs[1], q_rope.inputs[2]]
-    inputs += [None] * (_QUERY_SEQLENS - len(inputs)) + [lengths.query]
+    if lengths.query is not None:
+        inputs += [None] * (_QUERY_SEQLENS - len(inputs)) + [lengths.query]
     y, present_k, present_v = build.op(
         "GroupQueryAttention",
         *inputs,
@@ -108,7 +111,9 @@ def _packed_projection(graph: ir.Graph, build: Builder, heads: list[ir.Value | N
     (transposed,) = build.op("Transpose", packed, perm=[1, 0])
     (qkv,) = build.op("MatMul", matmuls[0].inputs[0], transposed)
     if config.qkv_clip is not None:
-        low, high = (build.constant(np.array(sign * config.qkv_clip, np.float32)) for sign in (-1, 1))
+        assert packed.dtype is not None
+        qkv.dtype = packed.dtype
+        low, high = (build.constant(np.array(sign * config.qkv_clip, packed.dtype.numpy())) for sign in (-1, 1))
         (qkv,) = build.op("Clip", qkv, low, high)
     return qkv
 

@@ -30,11 +30,10 @@ def to_gather_block_quantized(model: ir.Model, *, bits: int, group: int) -> tupl
             continue
         outputs = (
             TensorSpec(f"{spec.name}.codes", torch.uint8, (V, D * bits // 8)),
-            TensorSpec(f"{spec.name}.scales", torch.float32, (V, D // size)),
+            TensorSpec(f"{spec.name}.scales", spec.dtype, (V, D // size)),
         )
-        codes, scales = add_packed(
-            model.graph, Pack(pack.sources, outputs, partial(quantize_rows, bits=bits, group=size))
-        )
+        encode = partial(quantize_rows, bits=bits, group=size, scale_dtype=spec.dtype)
+        codes, scales = add_packed(model.graph, Pack(pack.sources, outputs, encode))
         settings = {"bits": bits, "block_size": size, "gather_axis": 0, "quantize_axis": 1}
         (y,) = Builder(model.graph, node).op(
             "GatherBlockQuantized", codes, node.inputs[1], scales, domain=MS, **settings

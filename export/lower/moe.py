@@ -1,43 +1,88 @@
-"""gatework::MoE -> ONNX Runtime's MoE contrib operator, in float32.
+"""gatework::MoE -> ONNX Runtime's MoE (floats) or QMoE (int8, int4) contrib operator.
 
 Pre: gatework::MoE nodes with softmax scores, two-way SiLU gates and dense expert weights.
-Post: no gatework::MoE node is left. Gate and up rows are interleaved, as that kernel demands.
+Post: no gatework::MoE node is left. Gate and up rows are interleaved, as those kernels demand; a quantised expert width is
+padded with zeros to whole groups and to the kernels' multiple, which changes no result. Router logits, computed in float32,
+are rounded to the type of x, the only one that the operators take.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from gatework.export.groups import GROUP_SIZES, fit_group
 from gatework.export.lower.experts import attributes_of, moe_nodes
 from gatework.export.lower.graph import MS, Builder, replace
-from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of
+from gatework.export.lower.kernels import Kernels
+from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
+from gatework.export.quantize import quantize_rows
+from gatework.plugins.errors import GateworkError
+
+# Gate and up rows in turn; with alpha 1, beta 0 and no limit: silu(gate) * up.
+SILU_GATE: dict[str, Any] = {
+    "activation_type": "swiglu",
+    "swiglu_fusion": 1,
+    "activation_alpha": 1.0,
+    "activation_beta": 0.0,
+}
 
 
-def to_contrib_moe(model: ir.Model) -> tuple[ir.Model, bool]:
-    """Rewrite every MoE node."""
+def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int, kernels: Kernels) -> tuple[ir.Model, bool]:
+    """Rewrite every MoE node; bits None keeps the graph's own type."""
     nodes = moe_nodes(model)
     for node in nodes:
         attributes = attributes_of(node)
         assert attributes.scoring == "softmax" and attributes.activation == "silu" and attributes.glu == "two_way"
+        routing = {"k": attributes.top_k, "normalize_routing_weights": int(attributes.renormalize)}
+        build = Builder(model.graph, node)
         x, router_logits, w_in, w_out = node.inputs[:4]
-        assert w_in is not None and w_out is not None
-        (rows,) = add_packed(model.graph, _interleaved(w_in))
-        (y,) = Builder(model.graph, node).op(
-            "MoE",
-            *(x, router_logits, rows, None, w_out),
-            domain=MS,
-            k=attributes.top_k,
-            normalize_routing_weights=int(attributes.renormalize),
-            **SILU_GATE,
-        )
+        assert x is not None and x.dtype is not None and w_in is not None and w_out is not None
+        if x.dtype != ir.DataType.FLOAT:
+            (router_logits,) = build.op("Cast", router_logits, to=x.dtype)
+        if bits is None:
+            _check_sizes(static_shape(w_out), kernels.dense_multiple)
+            (rows,) = add_packed(model.graph, _dense(w_in))
+            (y,) = build.op("MoE", x, router_logits, rows, None, w_out, domain=MS, **routing, **SILU_GATE)
+        else:
+            expert_group = _group_size(static_shape(w_in)[2], group, kernels)
+            padding = -(static_shape(w_in)[1] // 2) % max(expert_group, kernels.expert_multiple)  # powers of two
+            fc1 = add_packed(model.graph, _quantised_in(w_in, bits, expert_group, padding))
+            fc2 = add_packed(model.graph, _quantised_out(w_out, bits, expert_group, padding))
+            settings = routing | SILU_GATE | {"expert_weight_bits": bits, "block_size": expert_group}
+            (y,) = build.op("QMoE", x, router_logits, *fc1, None, *fc2, domain=MS, weights_prepacked=0, **settings)
         replace(node.outputs[0], y)
     return model, bool(nodes)
 
 
-# silu(gate) * up, of gate and up rows in turn
-SILU_GATE = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
+def _check_sizes(shape: tuple[int, ...], multiple: int) -> None:
+    """Of w_out [E, D, I]."""
+    _, hidden, width = shape
+    if hidden % multiple or width % multiple:
+        raise GateworkError(
+            "the experts do not fit this target's kernels",
+            got=f"hidden size {hidden}, width {width}",
+            expected=f"multiples of {multiple}",
+            fix="use --target cpu",
+        )
+
+
+def _group_size(hidden: int, group: int, kernels: Kernels) -> int:
+    multiple = max(GROUP_SIZES[-1], kernels.expert_multiple)
+    size = fit_group(hidden, group)
+    if size is None or hidden % multiple:
+        got, expected = f"hidden size {hidden}", f"a multiple of {multiple}"
+        raise GateworkError(
+            "experts cannot be quantised for this target",
+            got=got,
+            expected=expected,
+            fix="use a precision of floating-point weights",
+        )
+    return size
 
 
 def interleave(rows: Tensor) -> Tensor:
@@ -45,7 +90,33 @@ def interleave(rows: Tensor) -> Tensor:
     return torch.stack(rows.chunk(2)).transpose(0, 1).flatten(0, 1)
 
 
-def _interleaved(w_in: ir.Value) -> Pack:
+def _dense(w_in: ir.Value) -> Pack:
     (spec,) = pack_of(w_in).outputs
     outputs = (TensorSpec(f"{spec.name}.interleaved", spec.dtype, spec.shape),)
     return Pack((spec.name,), outputs, lambda part: (interleave(part.to(spec.dtype)),))
+
+
+def _specs(spec: TensorSpec, rows: int, columns: int, bits: int, group: int) -> tuple[TensorSpec, TensorSpec]:
+    experts = spec.shape[0]
+    codes = TensorSpec(f"{spec.name}.codes", torch.uint8, (experts, rows, columns * bits // 8))
+    return codes, TensorSpec(f"{spec.name}.scales", spec.dtype, (experts, rows, columns // group))
+
+
+def _quantised_in(w_in: ir.Value, bits: int, group: int, padding: int) -> Pack:
+    (spec,) = pack_of(w_in).outputs
+    _, rows, D = spec.shape
+
+    def encode(part: Tensor) -> tuple[Tensor, ...]:
+        return quantize_rows(F.pad(interleave(part), (0, 0, 0, 2 * padding)), bits, group, spec.dtype)
+
+    return Pack((spec.name,), _specs(spec, rows + 2 * padding, D, bits, group), encode)
+
+
+def _quantised_out(w_out: ir.Value, bits: int, group: int, padding: int) -> Pack:
+    (spec,) = pack_of(w_out).outputs
+    _, D, width = spec.shape
+
+    def encode(part: Tensor) -> tuple[Tensor, ...]:
+        return quantize_rows(F.pad(part, (0, padding)), bits, group, spec.dtype)
+
+    return Pack((spec.name,), _specs(spec, D, width + padding, bits, group), encode)

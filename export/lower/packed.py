@@ -84,11 +84,10 @@ def to_packed_moe(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model, 
         I += -I % size
         fc1 = add_packed(model.graph, _experts_in(w_in, attributes.matrices, I, bits, size))
         fc2 = add_packed(model.graph, _experts_out(w_out, I, bits, size))
-        settings = {name: value for name, value in attributes.to_onnx().items() if name != "weight_format"}
+        settings: dict[str, Any] = attributes.to_onnx()
+        del settings["weight_format"]
         settings |= {"bits": bits, "group_size": size, "hidden_size": D, "expert_width": I, "num_experts": E}
-        (y,) = Builder(model.graph, node).op(
-            cpu_ops.MOE, x, router_logits, *fc1, *fc2, domain=DOMAIN, **settings
-        )
+        (y,) = Builder(model.graph, node).op(cpu_ops.MOE, x, router_logits, *fc1, *fc2, domain=DOMAIN, **settings)
         replace(node.outputs[0], y)
     return model, bool(nodes)
 

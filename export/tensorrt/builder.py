@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from gatework.export.tensorrt.listing import Listing, list_network
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.tensorrt_module import process_logger
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,36 +122,6 @@ def _compile(trt: Any, builder: Any, network: Any, config: Any, logger: Any, req
 
 def _first(reasons: list[str], logger: Any) -> str:
     return next(iter([*reasons, *logger.errors]), "no reason")
-
-
-@cache  # TensorRT heeds the first logger of a process only
-def process_logger(trt: Any) -> Any:
-    """A trt.ILogger that writes to the file of the build in hand, and remembers that build's errors."""
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.file: IO[str] | None = None
-            self.hide = ""
-            self.errors: list[str] = []
-
-        @contextmanager
-        def writing_to(self, path: Path, hide: str = "") -> Iterator[None]:
-            self.hide = hide  # a path of this machine
-            with path.open("w", encoding="utf-8") as self.file:
-                self.errors = []
-                try:
-                    yield
-                finally:
-                    self.file = None
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
-            if self.file is not None and severity != trt.ILogger.VERBOSE:
-                self.file.write(f"[{severity.name}] {message.replace(self.hide, '') if self.hide else message}\n")
-
-    return Logger()
 
 
 def _writer_class(trt: Any) -> Any:

@@ -17,9 +17,10 @@ from gatework.export.options import BuildOptions
 from gatework.export.packing import Pack
 from gatework.export.tensorrt.builder import PlanRequest, build_plan
 from gatework.export.tensorrt.scales import StaticScales
-from gatework.export.tensorrt.toolchain import Compiler, load_toolchain
+from gatework.export.tensorrt.toolchain import Compiler
 from gatework.export.weight_facts import weight_facts
 from gatework.plugins.moe.tensorrt import register
+from gatework.plugins.tensorrt_module import load_toolchain
 
 PLAN, LAYERS, LOG = "model.plan", "layers.json", "builder.log"
 

@@ -13,15 +13,15 @@ from gatework.export.folder import read_json
 from gatework.export.materialize import EXPERTS, write_experts
 from gatework.export.options import BuildOptions
 from gatework.export.staging import new_directory
-from gatework.export.tensorrt.builder import process_logger
 from gatework.export.tensorrt.compile import LAYERS, LOG, PLAN, write_graph
 from gatework.export.tensorrt.scales import load_scales
-from gatework.export.tensorrt.toolchain import load_toolchain, require_gpu
+from gatework.export.tensorrt.toolchain import require_gpu
 from gatework.export.uptodate import build_inputs, tool_versions
 from gatework.plugins import engine_format
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import VERSION as PLUGIN_VERSION
 from gatework.plugins.moe.tensorrt import register
+from gatework.plugins.tensorrt_module import load_toolchain, process_logger
 
 
 def refit_engine(

@@ -24,7 +24,6 @@ any company, on any number of threads and on any processor.
 
 from __future__ import annotations
 
-import os
 from importlib.resources import files
 from pathlib import Path
 

@@ -1,1 +1,1 @@
-"""What executes an engine's graph; `ort` is ONNX Runtime."""
+"""What executes an engine's graph: `ort` is ONNX Runtime, `tensorrt` TensorRT; `open` chooses by the manifest."""

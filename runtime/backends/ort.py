@@ -1,13 +1,17 @@
-"""ONNX Runtime backend: one session, and a KV cache that the graph updates in place.
+"""ONNX Runtime backend, on CPUs and on NVIDIA GPUs: one session, and a KV cache that the graph updates in place.
 
-The cache holds `max_batch` slots, each a row of every layer's [slots, Hkv, S_max, Dh] tensors. Prefill runs one slot's
-prompt in chunks; decode advances slots 0..n-1 by one token each. Rows never see each other.
+The cache holds `max_batch` slots, each a row of every layer's [slots, Hkv, S_max, Dh] tensors, in the memory of the device
+that computes. Prefill runs one slot's prompt in chunks; decode advances slots 0..n-1 by one token each. Rows never see each
+other.
 """
 
 from __future__ import annotations
 
+import io
 import warnings
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -16,10 +20,14 @@ from gatework.plugins import engine_format
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import usable_cpus
 from gatework.plugins.moe import cpu_ops
+from gatework.runtime.backends.kv import Cache, DeviceCache, HostCache, KVLayout
 from gatework.runtime.engine import Engine
 
 _GRAPH = "model.onnx"
-_ELEMENT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_CUDA = "CUDAExecutionProvider"
+_WARNING, _FATAL = 2, 4  # severities of its log; the first is its default
+# Type of a cache: ONNX's number for it, which NumPy's lack of bfloat16 calls for, and bytes.
+_CACHE_TYPES = {"tensor(float)": (1, 4), "tensor(float16)": (10, 2), "tensor(bfloat16)": (16, 2)}
 
 
 @dataclass(slots=True)
@@ -32,49 +40,58 @@ class _Step:
     logits: np.ndarray  # [B, 1 or S, V] float32
     binding: ort.IOBinding
 
-    def run(self, session: ort.InferenceSession, tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Fill, run, and return the logits buffer, which the next run of this shape overwrites."""
+    def bind_inputs(self, names: list[str]) -> None:
+        """Bind those inputs that the graph has. Where a GPU computes, this is also what copies them there."""
+        arrays = {"input_ids": self.ids, "position_ids": self.positions, "write_indices": self.write_indices}
+        for name, array in arrays.items():
+            if name in names:
+                self.binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
+
+    def fill(self, tokens: np.ndarray, starts: np.ndarray) -> None:
+        """tokens [B, S] at positions from starts [B] on."""
         self.ids[:] = tokens
         self.write_indices[:] = starts
         self.positions[:] = starts[:, None] + np.arange(tokens.shape[1])
-        session.run_with_iobinding(self.binding)
-        return self.logits
 
 
 class OrtBackend:
-    """Runs an engine's model.onnx on the CPU.
+    """Runs an engine's model.onnx.
 
     Args:
-        engine: an opened engine directory.
-        max_batch: cache slots; memory is touched only as slots fill.
+        engine: an opened engine directory, for the target cpu or cuda.
+        max_batch: cache slots; on CPUs memory is touched only as slots fill.
         threads: of ONNX Runtime's pool; default: one for each CPU that this process may use.
+
+    Raises:
+        GateworkError: no GPU, or no package, that the engine needs; a graph that ONNX Runtime cannot load.
     """
 
     def __init__(self, engine: Engine, *, max_batch: int, threads: int | None = None) -> None:
-        if (target := engine.manifest["target"]) != "cpu":
-            fix = "build one with --target cpu"
-            raise GateworkError("this version runs CPU engines only", got=f"an engine for {target}", fix=fix)
         self.max_batch, self.max_seq = max_batch, engine.limits.max_seq
-        self.session, native = _open_session(engine, threads)
+        self._on_gpu = engine.manifest["target"] != "cpu"
+        device = _open_gpu() if self._on_gpu else None
+        self.session, native = _open_session(engine, threads, on_gpu=self._on_gpu)
+        inputs = {value.name: value for value in self.session.get_inputs()}
         outputs = {output.name: output for output in self.session.get_outputs()}
         self._all_logits = outputs["logits"].shape[1] != 1
-        self._input_names = [value.name for value in self.session.get_inputs()]
+        self._input_names = list(inputs)
         self._vocab_size: int = engine.model["vocab_size"]
-        self._cache: dict[str, np.ndarray] = {}  # "0.k" -> [slots, Hkv, S_max, Dh]
-        for value in self.session.get_inputs():
-            if value.name.startswith("past."):
-                shape = (max_batch, *value.shape[1:])
-                self._cache[value.name.removeprefix("past.")] = np.zeros(shape, _ELEMENT_TYPES[value.type])
+        names = tuple(name.removeprefix("past.") for name in inputs if name.startswith("past."))
+        past = inputs[f"past.{names[0]}"]
+        self._cache_type, itemsize = _CACHE_TYPES[past.type]
+        heads, positions, width = past.shape[1:]
+        layout = KVLayout(names, max_batch, heads, positions, width, itemsize)
+        self._cache: Cache = HostCache(layout) if device is None else DeviceCache(layout, device)
         self._decode_steps: dict[tuple[int, int], _Step] = {}  # (first slot, slots)
-        # ONNX Runtime's 4-bit kernels round one row otherwise than several, so rows together would not give the tokens
+        # ONNX Runtime's 4-bit CPU kernels round one row otherwise than several, so rows together would not give the tokens
         # that they give alone.
-        self._one_by_one = engine.manifest["precision"] == "int4" and not native
+        self._one_by_one = engine.manifest["precision"] == "int4" and not self._on_gpu and not native
 
     def prefill(self, slot: int, tokens: list[int], start: int) -> np.ndarray:
         """Run `tokens` at positions start.. of a slot; returns the logits, [V] (or [S, V] from an all-logits graph)."""
         self._check_room(start + len(tokens))
         step = self._bind(slot, 1, len(tokens))
-        logits = step.run(self.session, np.array([tokens], np.int64), np.array([start], np.int64))[0]
+        logits = self._run(step, np.array([tokens], np.int64), np.array([start], np.int64))[0]
         return logits if self._all_logits else logits[0]
 
     def decode(self, tokens: list[int], positions: list[int]) -> np.ndarray:
@@ -90,12 +107,23 @@ class OrtBackend:
         key = slot, len(ids)
         if key not in self._decode_steps:
             self._decode_steps[key] = self._bind(slot, len(ids), 1)
-        return self._decode_steps[key].run(self.session, ids, starts)[:, -1]
+        return self._run(self._decode_steps[key], ids, starts)[:, -1]
+
+    def _run(self, step: _Step, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Fill, run, and return the step's logits, which its next run overwrites."""
+        step.fill(ids, starts)
+        if not self._on_gpu:
+            self.session.run_with_iobinding(step.binding)
+            return step.logits
+        step.bind_inputs(self._input_names)
+        step.binding.synchronize_inputs()
+        self.session.run_with_iobinding(step.binding)
+        step.binding.synchronize_outputs()
+        return step.logits
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot's cache to another slot."""
-        for cache in self._cache.values():
-            cache[target, :, :length] = cache[source, :, :length]
+        self._cache.move(source, target, length)
 
     def _check_room(self, end: int) -> None:
         assert end <= self.max_seq, f"{end} positions in a cache of {self.max_seq}"
@@ -111,34 +139,58 @@ class OrtBackend:
             logits=np.zeros((batch, width, self._vocab_size), np.float32),
             binding=binding,
         )
-        named = {"input_ids": step.ids, "position_ids": step.positions, "write_indices": step.write_indices}
-        for name in self._input_names:
-            if name in named:
-                binding.bind_input(name, "cpu", 0, np.int64, named[name].shape, named[name].ctypes.data)
-        for name, cache in self._cache.items():
-            rows = cache[first_slot : first_slot + batch]
-            binding.bind_input(f"past.{name}", "cpu", 0, rows.dtype, rows.shape, rows.ctypes.data)
-            binding.bind_output(f"present.{name}", "cpu", 0, rows.dtype, rows.shape, rows.ctypes.data)
+        step.bind_inputs(self._input_names)
+        shape = self._cache.layout.shape(batch)
+        for name in self._cache.layout.names:
+            place = (self._cache.device, 0, self._cache_type, shape, self._cache.address(name, first_slot))
+            binding.bind_input(f"past.{name}", *place)
+            binding.bind_output(f"present.{name}", *place)
         binding.bind_output("logits", "cpu", 0, np.float32, step.logits.shape, step.logits.ctypes.data)
         return step
 
 
-def _open_session(engine: Engine, threads: int | None) -> tuple[ort.InferenceSession, bool]:
-    """The session, and whether it uses this package's kernels."""
+def _open_gpu() -> Any:
+    """The GPU, once it is known that this ONNX Runtime can use one."""
+    from gatework.runtime.backends.device import Device
+
+    if _CUDA not in ort.get_available_providers():
+        fix = "pip uninstall onnxruntime, then pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]'"
+        got = "the package for CPUs"
+        raise GateworkError("this engine needs ONNX Runtime for NVIDIA GPUs", got=got, fix=fix)
+    return Device()
+
+
+def _open_session(engine: Engine, threads: int | None, *, on_gpu: bool) -> tuple[ort.InferenceSession, bool]:
+    """The session, and whether it uses this package's CPU kernels."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or usable_cpus()
     options.inter_op_num_threads = 1
-    native = engine_format.FALLBACK in engine.manifest["files"] and _register_kernels(options)
-    graph = _GRAPH if native or engine_format.FALLBACK not in engine.manifest["files"] else engine_format.FALLBACK
+    packed = engine_format.FALLBACK in engine.manifest["files"]
+    native = packed and _register_kernels(options)
+    path = engine.path / (engine_format.FALLBACK if packed and not native else _GRAPH)
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if on_gpu:
+        providers.insert(0, (_CUDA, {"device_id": 0, "use_tf32": 0}))  # float32 means float32
+        with redirect_stdout(io.StringIO()):  # it prints what it does not find
+            ort.preload_dlls(directory="")
+        ort.set_default_logger_severity(_FATAL)  # why a GPU was not taken is told below, in one line
     try:
-        return ort.InferenceSession(engine.path / graph, options, providers=["CPUExecutionProvider"]), native
+        session = ort.InferenceSession(path, options, providers=providers)
     except Exception as error:  # ONNX Runtime raises many unrelated types
-        raise GateworkError(f"ONNX Runtime cannot load {engine.path / graph}: {error}") from error
+        raise GateworkError(f"ONNX Runtime cannot load {path}: {error}") from error
+    finally:
+        if on_gpu:
+            ort.set_default_logger_severity(_WARNING)
+    if on_gpu and session.get_providers()[0] != _CUDA:  # it goes on without the GPU, silently
+        fix = "install a GPU driver, and CUDA and cuDNN of the version that onnxruntime-gpu names"
+        got = session.get_providers()[0]
+        raise GateworkError("ONNX Runtime did not take the GPU", got=got, expected=_CUDA, fix=fix)
+    return session, native
 
 
 def _register_kernels(options: ort.SessionOptions) -> bool:
-    """Let a session find the CPU kernels; says so once if it has to do without."""
+    """Let a session find this package's CPU kernels; says so once if it has to do without."""
     library = cpu_ops.find_library()
     if library is not None and ort.__version__.startswith(cpu_ops.ORT_VERSIONS):
         options.register_custom_ops_library(str(library))

@@ -18,14 +18,17 @@ _ABOUT = """
     Compile a checkpoint folder (Hugging Face, Mistral or Meta layout) into an engine directory.
     The directory appears only when it is complete.
 
-    Targets and precisions: cpu: fp32, int8, int4. a100: bf16, fp16, int8, int4. ada, rtx50, h100, h200: these and fp8.
+    Targets and precisions: cpu: fp32, int8, int4. cuda: fp32, bf16, fp16, int8, int4. a100: bf16, fp16, int8, int4.
+    ada, rtx50, h100, h200: these and fp8.
+    cpu and cuda engines run on ONNX Runtime, cuda on any NVIDIA GPU from SM80 on, and are built on any machine.
     a100, ada and rtx50 are built by TensorRT-RTX on any machine, or by TensorRT on such a GPU; h100 and h200 by TensorRT
-    on such a GPU. int8 and fp8 on GPUs need --calibration. GPU engines cannot be run by this version.
+    on such a GPU; int8 and fp8 of these need --calibration, and those of models with experts cannot be run by this version.
 """
 _EXAMPLES = """
     gatework build examples/tiny-mixtral --precision int8 --out engines/tiny
     gatework build Mixtral-8x7B-v0.1 --precision int4 --max-seq 8192 --max-batch 4 --out engines/mixtral
     gatework build examples/tiny-mixtral --precision int4 --group-size 64 --out engines/tiny --force
+    gatework build examples/tiny-mixtral --target cuda --precision bf16 --out engines/tiny-cuda
     gatework build examples/tiny-mixtral --target a100 --precision bf16 --out engines/tiny-a100
     gatework build Mixtral-8x7B-v0.1 --target a100 --precision int8 --calibration mixtral.json --out engines/mixtral-a100
 """
@@ -58,7 +61,7 @@ def add(commands: Commands) -> None:
         "--group-size",
         type=int,
         metavar="N",
-        help="weights that share a scale (default: on CPUs 256 for int8 and 32 for int4, on GPUs 128 for int4)",
+        help="weights that share a scale (default: cpu and cuda 128 for int8, 32 for int4; else 128 for int4)",
     )
     parser.add_argument("--force", action="store_true", help="replace an engine that stands at DIR")
     parser.add_argument(
@@ -71,7 +74,7 @@ def add(commands: Commands) -> None:
 
 
 def _add_gpu_options(parser: argparse.ArgumentParser) -> None:
-    gpu = parser.add_argument_group("GPU targets")
+    gpu = parser.add_argument_group("TensorRT targets")
     gpu.add_argument(
         "--calibration", type=Path, metavar="FILE", help="ranges of activations, from `gatework calibrate`"
     )

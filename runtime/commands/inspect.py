@@ -19,7 +19,7 @@ _ABOUT = """
     engine. No weights are read.
 
     The memory table counts the weights and the KV cache of one sequence at full context: float32 for fp32, int8 and
-    int4, as CPU engines have them; bfloat16 for bf16 and fp8, and for an engine built for a GPU. Activations come on top.
+    int4, as CPU engines have them; 16 bits for bf16 and fp8, and for GPU engines but fp32. Activations come on top.
 """
 _EXAMPLES = """
     gatework inspect examples/tiny-mixtral
@@ -105,8 +105,8 @@ def _sizes(config: ModelConfig, engine: dict[str, Any] | None, memories: dict[st
 
 
 def _value_bytes(engine: dict[str, Any]) -> int:
-    """Bytes of a cached key or value: CPU engines compute in float32, the others in 16 bits."""
-    return 4 if engine["target"] == "cpu" else 2
+    """Bytes of a cached key or value: CPU engines and fp32 compute in float32, the others in 16 bits."""
+    return 4 if engine["target"] == "cpu" or engine["precision"] == "fp32" else 2
 
 
 def _text(path: Path, config: ModelConfig, facts: dict[str, Any]) -> str:

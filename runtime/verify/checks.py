@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gatework.plugins.errors import GateworkError
-from gatework.runtime.backends.ort import OrtBackend
+from gatework.runtime.backends.open import module_version, open_backend
 from gatework.runtime.engine import Engine
+from gatework.runtime.scheduler import Backend
 from gatework.runtime.verify.bounds import DEFAULT_BOUNDS, Bounds
 from gatework.runtime.verify.compare import Comparison, Place
 from gatework.runtime.verify.feed import Fed, feed
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from gatework.export.checkpoint import Checkpoint
     from gatework.export.reference import Reference
 
-_TOOLS = ("gatework", "torch", "onnxruntime", "numpy")
+_TOOLS = ("gatework", "torch")
 _MOST_SLOTS = 8  # windows compared at once: the reference's logits of all of them are in memory
 _WINDOW_CHUNK = 32  # prefill step for windows, so that each gives several rows
 
@@ -75,13 +76,14 @@ def verify(
     plan = make_plan(engine, text, prompts, tokens, window)
     reference = Reference.load(checkpoint, plan.longest)
     slots = min(engine.limits.max_batch, _MOST_SLOTS)
-    run = _Run(reference, OrtBackend(engine, max_batch=slots, threads=threads), engine.limits.prefill_chunk)
+    run = _Run(reference, open_backend(engine, max_batch=slots, threads=threads), engine.limits.prefill_chunk)
     with tqdm(total=plan.rows, unit="tok", desc="verify", disable=not progress, file=sys.stderr) as bar:
         run.prompts(plan.prompts, plan.tokens, bar.update)
         run.windows(plan.windows, bar.update)
     checks = run.checks(bounds, has_text=text is not None)
     facts = plan.facts(engine) | run.facts(has_text=text is not None)
-    facts["versions"] = ", ".join(f"{name} {version(name)}" for name in _TOOLS)
+    versions = {name: version(name) for name in _TOOLS} | module_version(engine) | {"numpy": version("numpy")}
+    facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
     return VerifyReport(str(engine.path), str(checkpoint.path), engine.manifest["precision"], checks, facts)
 
 
@@ -109,7 +111,7 @@ class _Run:
     """Both models at work, and what has been compared so far."""
 
     reference: Reference
-    backend: OrtBackend
+    backend: Backend
     chunk: int
     rows: dict[str, Comparison] = field(default_factory=lambda: {"prefill": Comparison(), "decode": Comparison()})
     greedy: int = 0  # tokens compared

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 DUMP = Path(__file__).with_name("dump.py")
 CACHE = ROOT / "build" / "contract"
 PACKAGE = "tensorrt-cu13-bindings"
-# The oldest release that export.tensorrt.toolchain allows, and the newest that it was written with.
+# The oldest release that plugins.tensorrt_module allows, and the newest that it was written with.
 VERSIONS = ("10.16.1.11", "11.4.0.106")
 MODULES = (*VERSIONS, "tensorrt_rtx")
 

@@ -7,9 +7,10 @@ import io
 import sys
 from typing import Any
 
-from gatework.export.tensorrt.builder import _make_monitor, _Stop, _writer_class, process_logger
+from gatework.export.tensorrt.builder import _make_monitor, _Stop, _writer_class
 from gatework.plugins.moe.spec import MoEAttributes
 from gatework.plugins.moe.tensorrt import Call, _fields, register
+from gatework.plugins.tensorrt_module import process_logger
 
 
 class Registry:

@@ -8,9 +8,11 @@ from tests.contract.surface import Value
 PARAMETERS = {
     "builder": Value("instance", "Builder"),
     "config": Value("instance", "IBuilderConfig"),
+    "context": Value("instance", "IExecutionContext"),
     "fields": Value("items", "PluginField"),
     "logger": Value("instance", "ILogger"),
     "network": Value("instance", "INetworkDefinition"),
+    "plan": Value("instance", "ICudaEngine"),
     "tensor": Value("instance", "ITensor"),
 }
 

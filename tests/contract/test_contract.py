@@ -12,13 +12,14 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from gatework.export.targets import TARGETS
-from gatework.export.tensorrt.toolchain import REQUIREMENTS
+from gatework.plugins.tensorrt_module import REQUIREMENTS
 from tests.contract.bindings import MODULES, ROOT, VERSIONS, arguments, surface
 from tests.contract.tables import LACKING, LAYER_KINDS, OURS, PARAMETERS, RESULTS
 from tests.contract.walk import MISSING, Use, Walk
 
 CLASSES = """Builder IBuilderConfig ILayer ILogger ILogger.Severity INetworkDefinition IOptimizationProfile IProgressMonitor
     IStreamWriter ITensor ITimingCache LayerType OnnxParser ParserError DynamicPluginTensorDesc IPluginCreatorV3One
+    IExecutionContext ExecutionContextAllocationStrategy
     IPluginRegistry IPluginV3 IPluginV3OneBuild IPluginV3OneCore IPluginV3OneRuntime PluginField PluginTensorDesc ICudaEngine
     ISerializationConfig OnnxParserRefitter Refitter Runtime SerializationFlag"""
 ROOMS = ("export", "plugins", "runtime")

@@ -47,7 +47,7 @@ def test_manifest(engine: Path) -> None:
     assert manifest["toolchain"]["onnxruntime"]
     on_disk = {path.name for path in engine.iterdir()} - {"manifest.json"}
     assert set(manifest["files"]) == on_disk
-    sizes = {"uint8": 1, "float32": 4}
+    sizes = {"uint8": 1, "bfloat16": 2, "float32": 4}
     nbytes = {n: math.prod(t["shape"]) * sizes[t["dtype"]] for n, t in manifest["tensors"].items()}
     assert manifest["weight_bytes"]["total"] == sum(nbytes.values())
     experts = sum(size for name, size in nbytes.items() if ".moe.w_" in name)
@@ -57,24 +57,23 @@ def test_manifest(engine: Path) -> None:
 
 
 def test_codes_are_the_checkpoint_rounded(engine: Path) -> None:
-    """Gate and up rows in turn, expert by expert; q, k and v rows one after the other."""
+    """Gate and up rows expert by expert, q, k and v rows one after the other, in blocks of 16."""
     checkpoint, config = Checkpoint.open(CHECKPOINT), Checkpoint.open(CHECKPOINT).config
     D, I = config.hidden_size, config.intermediate_size
     packed = load_file(engine / "experts.safetensors") | load_file(engine / "weights.safetensors")
 
     def unpacked(name: str) -> torch.Tensor:
-        codes, scales = packed[f"{name}.codes"], packed[f"{name}.scales"]
-        groups = scales.shape[-1]
-        columns = codes.shape[-1] if codes.dim() == scales.dim() and codes.shape[-1] != groups else None
-        flat = codes.reshape(-1, groups, codes.numel() // scales.numel())
-        return dequantize_rows(flat, scales.reshape(-1, groups), 8, columns or flat[0].numel())
+        codes, scales = packed[f"{name}.codes"].flatten(0, -4), packed[f"{name}.scales"].flatten(0, -3)
+        groups = scales.shape[1]  # of [blocks, groups, 16]; codes are [blocks, steps, 16, 4]
+        rows = codes.transpose(1, 2).reshape(len(codes) * 16, groups, -1)
+        return dequantize_rows(rows, scales.transpose(1, 2).reshape(-1, groups).float(), 8, rows[0].numel())
 
     for i in range(config.num_layers):
         w_in = checkpoint.read(f"layers.{i}.moe.w_in").float()
-        got = unpacked(f"layers.{i}.moe.w_in").view(config.moe.num_experts, I, 2, D)  # type: ignore[union-attr]
+        got = unpacked(f"layers.{i}.moe.w_in").view(config.moe.num_experts, 2, I, D)  # type: ignore[union-attr]
         step = w_in.abs().max() / 127
-        assert (got[:, :, 0] - w_in[:, :I]).abs().max() <= step
-        assert (got[:, :, 1] - w_in[:, I:]).abs().max() <= step
+        assert (got[:, 0] - w_in[:, :I]).abs().max() <= step
+        assert (got[:, 1] - w_in[:, I:]).abs().max() <= step
         qkv = torch.cat([checkpoint.read(f"layers.{i}.attn.{x}.weight").float() for x in "qkv"])
         assert (unpacked(f"layers.{i}.attn.qkv.weight") - qkv).abs().max() <= qkv.abs().max() / 127
 
@@ -168,7 +167,7 @@ def test_experts_of_odd_width_are_refused_or_padded(tmp_path: Path) -> None:
         make_checkpoint(tmp_path, "mixtral", intermediate_size=50), tmp_path / "three", precision="int4"
     )
     tensors = json.loads((padded / "manifest.json").read_text())["tensors"]
-    assert tensors["layers.0.moe.w_in.codes"]["shape"] == [8, 2 * 64, 64 // 2]
+    assert tensors["layers.0.moe.w_in.codes"]["shape"] == [8, 2, 4, 64 // 8, 16, 4]
 
 
 def test_writer_places_every_tensor(tmp_path: Path) -> None:

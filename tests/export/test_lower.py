@@ -13,6 +13,7 @@ from gatework.export.build import build_engine
 from gatework.export.config import ModelConfig, MoEConfig
 from gatework.export.lower import lower_to_cpu
 from gatework.export.lower.last_position import hoist_last_position
+from gatework.export.lower.packed import to_contrib
 from gatework.export.onnx_export import trace
 from tests.checkpoints import make_checkpoint
 
@@ -42,9 +43,9 @@ def with_changes(**changes: object) -> ModelConfig:
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_nothing_large_stays_in_float(precision: str) -> None:
     ops = operators(CONFIG, precision)
-    assert ops["QMoE"] == 3
+    assert ops["PackedMoE"] == 3
     assert ops["GroupQueryAttention"] == 3
-    assert ops["MatMulNBits"] == 2 * 3 + 1  # q|k|v and o of each layer, and the head
+    assert ops["PackedMatMul"] == 2 * 3 + 1  # q|k|v and o of each layer, and the head
     assert ops["GatherBlockQuantized"] == 1
     assert ops["Gemm"] == 3  # routers
     for gone in (
@@ -61,6 +62,16 @@ def test_nothing_large_stays_in_float(precision: str) -> None:
         assert ops[gone] == 0, gone
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_the_fallback_has_no_operator_of_ours(precision: str) -> None:
+    model = lower_to_cpu(trace(CONFIG, 32), CONFIG, precision, 32)  # type: ignore[arg-type]
+    model, modified = to_contrib(model)
+    ops = Counter(node.op_type for node in model.graph)
+    assert modified
+    assert (ops["QMoE"], ops["MatMulNBits"]) == (3, 2 * 3 + 1)
+    assert not any(node.domain == "gatework" for node in model.graph)
+
+
 def test_float32() -> None:
     ops = operators(CONFIG, "fp32")
     assert ops["MoE"] == ops["GroupQueryAttention"] == 3
@@ -73,8 +84,8 @@ def test_float32() -> None:
 
 def test_dense_mlp() -> None:
     ops = operators(with_changes(moe=None), "int8")
-    assert ops["MatMulNBits"] == 4 * 3 + 1
-    assert ops["QMoE"] == 0
+    assert ops["PackedMatMul"] == 4 * 3 + 1
+    assert ops["PackedMoE"] == 0
 
 
 def test_odd_head_width_keeps_standard_attention() -> None:
@@ -82,7 +93,7 @@ def test_odd_head_width_keeps_standard_attention() -> None:
     assert ops["GroupQueryAttention"] == 0
     assert ops["Attention"] == 3
     assert ops["TensorScatter"] == 6
-    assert ops["MatMulNBits"] == 4 * 3 + 1
+    assert ops["PackedMatMul"] == 4 * 3 + 1
 
 
 def test_layer_norms_stay() -> None:

@@ -44,8 +44,8 @@ def test_mixtral_8x7b(tmp_path: Path) -> None:
     assert weight_bytes(config, "fp32") == 4 * 46_702_792_704
     assert weight_bytes(config, "bf16") == 2 * 46_702_792_704
     # a little more: the output head has 8 bits
-    assert weight_bytes(config, "int4", 32) == pytest.approx(46_702_792_704 * (0.5 + 4 / 32), rel=5e-3)
-    assert weight_bytes(config, "int8", 256) == pytest.approx(46_702_792_704 * (1 + 4 / 256), rel=1e-3)
+    assert weight_bytes(config, "int4", 32) == pytest.approx(46_702_792_704 * (0.5 + 2 / 32), rel=5e-3)
+    assert weight_bytes(config, "int8", 128) == pytest.approx(46_702_792_704 * (1 + 2 / 128), rel=1e-3)
     fp8 = weight_bytes(config, "fp8")
     assert fp8 is not None
     assert 46_702_792_704 < fp8 < 46_702_792_704 * 1.004  # scales, and an embedding table of 16 bits

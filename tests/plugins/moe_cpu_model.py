@@ -1,6 +1,6 @@
 """Graphs of one PackedMoE or PackedMatMul node, and a script that runs them all in a process of its own.
 
-    python moe_cpu_model.py LIBRARY OUT.npz      # GATEWORK_CPU_PATH chooses the kernels
+python moe_cpu_model.py LIBRARY OUT.npz      # GATEWORK_CPU_PATH chooses the kernels
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ def model_of(op_type: str, inputs: dict[str, Array], attributes: dict[str, Any],
     graph = helper.make_graph(
         [node],
         "one",
-        [helper.make_tensor_value_info(name, FLOAT, [None] * (inputs[name].ndim - 1) + [inputs[name].shape[-1]]) for name in fed],
+        [
+            helper.make_tensor_value_info(name, FLOAT, [None] * (inputs[name].ndim - 1) + [inputs[name].shape[-1]])
+            for name in fed
+        ],
         [helper.make_tensor_value_info("y", FLOAT, [None] * (inputs["x"].ndim - 1) + [width])],
         [_constant(name, kinds[array.dtype], array) for name, array in rest.items()],
     )
@@ -64,7 +67,9 @@ def moe_model(
     G = attributes.matrices
     w_in = rng.standard_normal((E, G, I, D), np.float32) / np.float32(np.sqrt(D))
     w_out = rng.standard_normal((E, D, I), np.float32) / np.float32(np.sqrt(I))
-    codes_in, scales_in, exact_in = zip(*[packed(w_in[e, m], bits, group) for e in range(E) for m in range(G)], strict=True)
+    codes_in, scales_in, exact_in = zip(
+        *[packed(w_in[e, m], bits, group) for e in range(E) for m in range(G)], strict=True
+    )
     codes_out, scales_out, exact_out = zip(*[packed(w_out[e], bits, group) for e in range(E)], strict=True)
     exact = {"w_in": np.stack(exact_in).reshape(E, G * I, D), "w_out": np.stack(exact_out)}
     if bias:
@@ -108,7 +113,9 @@ def run_all(library: Path | str) -> dict[str, Array]:
             for N in (1, 35, 144):
                 run = session(matmul_model(N, K, bits, group)[0], library)
                 for T in (0, 1, 3, 70):
-                    (outputs[f"matmul {bits} {N} {K} {T}"],) = run.run(None, {"x": rng.standard_normal((T, K), np.float32)})
+                    (outputs[f"matmul {bits} {N} {K} {T}"],) = run.run(
+                        None, {"x": rng.standard_normal((T, K), np.float32)}
+                    )
         for attributes in (
             MoEAttributes(top_k=2),
             MoEAttributes(top_k=3, glu="three_way", activation="gelu_tanh", scoring="sigmoid", capacity_factor=1.1),

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gatework.export.groups import DEFAULT_GROUPS
 from gatework.plugins.moe import cpu_ops
 from gatework.plugins.moe.reference import moe
 from gatework.plugins.moe.spec import MoEAttributes
@@ -53,17 +54,17 @@ def test_experts_equal_the_definition(library: Path, attributes: MoEAttributes, 
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_benchmark_shape(library: Path, bits: int) -> None:
-    """Groups as engines have them, in the widths of benchmarks/random_mixtral.py."""
+def test_groups_as_engines_have_them(library: Path, bits: int) -> None:
     attributes = MoEAttributes(top_k=2)
-    model, exact = moe_model(attributes, bits, 128 if bits == 8 else 32, D=1024, E=3, I=3584)
+    D, E, I, T = 512, 3, 768, 9
+    model, exact = moe_model(attributes, bits, DEFAULT_GROUPS[f"int{bits}"], D=D, E=E, I=I)
     rng = np.random.default_rng(2)
-    x, logits = rng.standard_normal((9, 1024), np.float32), rng.standard_normal((9, 3), np.float32)
+    x, logits = rng.standard_normal((T, D), np.float32), rng.standard_normal((T, E), np.float32)
     (y,) = session(model, library).run(None, {"x": x, "router_logits": logits})
     assert relative(y, moe(x, logits, attributes=attributes, **exact)) <= RELATIVE
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.tuples(st.integers(1, 80), st.integers(1, 9), st.integers(1, 80), st.integers(0, 70)),
     st.sampled_from((8, 4)),
@@ -100,7 +101,9 @@ def test_routing_is_that_of_the_definition(library: Path) -> None:
     E, K, D, I = 6, 2, 16, 16
     attributes = MoEAttributes(top_k=K)
     model, exact = moe_model(attributes, 8, 16, D=D, E=E, I=I, bias=True)
-    logits = np.array([[1, 1, 1, 1, 1, 1], [0, 5, 5, 0, 5, 0], [np.nan, 1, 2, np.nan, 1, 0], [-9, -9, -9, -9, 80, 80]], np.float32)
+    logits = np.array(
+        [[1, 1, 1, 1, 1, 1], [0, 5, 5, 0, 5, 0], [np.nan, 1, 2, np.nan, 1, 0], [-9, -9, -9, -9, 80, 80]], np.float32
+    )
     x = np.zeros((len(logits), D), np.float32)
     (y,) = session(model, library).run(None, {"x": x, "router_logits": logits})
     rows = [0, 1, 3]
@@ -202,7 +205,9 @@ def compiled(folder: Path, *options: str) -> Path:
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     library = compiled(tmp_path / "build", "-DGATEWORK_SANITIZE=ON", "-DCMAKE_CXX_COMPILER=g++")
     runtimes = [
-        subprocess.run(["g++", f"-print-file-name={name}"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")  # the latter early enough for the former to see its exceptions
     ]
     settings = {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from gatework.export.tensorrt.toolchain import load_toolchain
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import INPUTS, MoEAttributes, MoESizes
 from gatework.plugins.moe.tensorrt import NODE_ATTRIBUTES, Call, MoECreator, input_names, register
 from gatework.plugins.moe.workspace import layout
+from gatework.plugins.tensorrt_module import load_toolchain
 
 if find_spec("tensorrt_rtx") is None:
     pytest.skip("no tensorrt_rtx: the MoE plugin meets no real parser and builder", allow_module_level=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import math
@@ -196,14 +197,15 @@ def decode_position_late(self: OrtBackend, tokens: list[int], positions: list[in
 
 
 def prefill_without_the_past(self: OrtBackend, slot: int, tokens: list[int], start: int) -> np.ndarray:
-    for cache in self._cache.values():
-        cache[slot, :, :start] = 0
-    step = self._bind(slot, 1, len(tokens))
-    return step.run(self.session, np.array([tokens]), np.array([start]))[0, 0]
+    layout = self._cache.layout
+    for name in layout.names:
+        block = (ctypes.c_uint8 * layout.slot_bytes).from_address(self._cache.address(name, slot))
+        np.frombuffer(block, np.float32).reshape(layout.shape(1)[1:])[:, :start] = 0
+    return self._run(self._bind(slot, 1, len(tokens)), np.array([tokens]), np.array([start]))[0, 0]
 
 
 def prefill_into_slot_0(self: OrtBackend, slot: int, tokens: list[int], start: int) -> np.ndarray:
-    return self._bind(0, 1, len(tokens)).run(self.session, np.array([tokens]), np.array([start]))[0, 0]
+    return self._run(self._bind(0, 1, len(tokens)), np.array([tokens]), np.array([start]))[0, 0]
 
 
 def decode_nothing_but_nan(self: OrtBackend, tokens: list[int], positions: list[int]) -> np.ndarray:

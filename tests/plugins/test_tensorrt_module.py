@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gatework.export.tensorrt import toolchain
-from gatework.export.tensorrt.toolchain import link_rtx_library, load_toolchain
+from gatework.plugins import tensorrt_module
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.tensorrt_module import link_rtx_library, load_toolchain
 
 
 def test_unknown_toolchain() -> None:
@@ -20,7 +20,7 @@ def test_unknown_toolchain() -> None:
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
 def test_missing_toolchain(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(toolchain, "find_spec", lambda _: None)
+    monkeypatch.setattr(tensorrt_module, "find_spec", lambda _: None)
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(GateworkError, match=rf"module {name} does not load; .*; fix: pip install '{name[:8]}"):
         load_toolchain(name)
@@ -36,7 +36,7 @@ def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delitem(sys.modules, folder.name, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, folder.name, importlib.import_module(folder.name))
-    monkeypatch.setattr(toolchain, "_links", [])
+    monkeypatch.setattr(tensorrt_module, "_links", [])
     return folder
 
 

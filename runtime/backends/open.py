@@ -1,0 +1,64 @@
+"""Which backend runs an engine: the manifest says."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from gatework.plugins.errors import GateworkError
+from gatework.plugins.machine import onnxruntime_version
+from gatework.runtime.engine import Engine
+from gatework.runtime.scheduler import Backend
+
+MODULES = ("onnxruntime", "tensorrt", "tensorrt_rtx")  # that run engines
+
+
+def open_backend(engine: Engine, *, max_batch: int, threads: int | None = None) -> Backend:
+    """Load an engine onto the device that it was built for.
+
+    Args:
+        max_batch: cache slots; at most the engine's limit where it holds a plan.
+        threads: of ONNX Runtime's CPU pool.
+
+    Raises:
+        GateworkError: an engine that cannot run, or that lacks a GPU or a package here.
+    """
+    module = module_of(engine)
+    if module == "onnxruntime":
+        from gatework.runtime.backends.ort import OrtBackend
+
+        return OrtBackend(engine, max_batch=max_batch, threads=threads)
+    check_runnable(engine, max_batch)
+    from gatework.runtime.backends.tensorrt import TensorRTBackend
+
+    return TensorRTBackend(engine, module, max_batch=max_batch)
+
+
+def module_of(engine: Engine) -> str:
+    """The Python module that runs the engine."""
+    tools = engine.manifest["toolchain"]
+    module = next((name for name in MODULES if name in tools), None)
+    if module is None:
+        what = f"{engine.path} was built by no toolchain that is known here"
+        raise GateworkError(what, got=", ".join(tools), expected=" or ".join(MODULES))
+    return module
+
+
+def module_version(engine: Engine) -> dict[str, str]:
+    """Name and version of the module that runs the engine."""
+    module = module_of(engine)
+    found = onnxruntime_version() if module == "onnxruntime" else version(module.replace("_", "-"))
+    return {module: found}
+
+
+def check_runnable(engine: Engine, max_batch: int) -> None:
+    """Raise where a plan's engine is not whole, or has fewer slots."""
+    settings = engine.manifest.get("inputs", {}).get("settings", {})
+    if settings.get("strip_weights"):
+        fix = "put them in with `gatework refit`"
+        raise GateworkError(f"{engine.path} was built with --strip-weights", got="a plan without weights", fix=fix)
+    if settings.get("plan_only"):
+        fix = "build it again without that option"
+        raise GateworkError(f"{engine.path} was built with --plan-only", got="no experts beside the plan", fix=fix)
+    if max_batch > engine.limits.max_batch:
+        expected, fix = f"at most {engine.limits.max_batch}", "build the engine with a larger --max-batch"
+        raise GateworkError("max_batch is beyond the plan's", got=max_batch, expected=expected, fix=fix)

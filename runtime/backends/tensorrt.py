@@ -1,0 +1,271 @@
+"""TensorRT backend: a plan of `tensorrt` or `tensorrt_rtx` on the first GPU, with everything that it reads bound to it.
+
+A plan has two optimisation profiles, prefill (one sequence, up to a chunk of tokens) and decode (up to max_batch sequences,
+one token each). Prefill has one execution context; every decode batch size has one of its own, as a captured graph belongs to
+its context. They run one after the other, so all share one block of scratch memory, and all steps share the same buffers.
+
+Not run yet: no GPU was at hand. What can be checked without one is: see tests/runtime/test_tensorrt.py and tests/contract.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe.tensorrt import MoECreator, register
+from gatework.plugins.tensorrt_module import load_toolchain, process_logger
+from gatework.runtime.backends.device import Device
+from gatework.runtime.backends.experts import EXPERTS, upload
+from gatework.runtime.backends.kv import ALIGNMENT, Cache, DeviceCache, KVLayout, align, cache_names
+from gatework.runtime.engine import Engine
+
+PLAN = "model.plan"
+PREFILL, DECODE = 0, 1  # optimisation profiles, in the order in which the builder adds them
+_KV_ITEMSIZE = 2  # bytes: plans compute in bfloat16 or float16
+_INT64 = 8
+
+
+class Buffers(NamedTuple):
+    """Byte offsets of a step's inputs in the block that is copied to the device at once, and its size."""
+
+    position_ids: int
+    write_indices: int
+    total: int
+
+
+def buffers(batch: int, tokens: int) -> Buffers:
+    """input_ids [B, S] first, then position_ids [B, S] and write_indices [B], all int64, each aligned."""
+    each = align(batch * tokens * _INT64)
+    return Buffers(each, 2 * each, 2 * each + align(batch * _INT64))
+
+
+def largest_buffers(max_batch: int, prefill_chunk: int) -> int:
+    """Bytes that the inputs of any step fit in."""
+    return max(buffers(1, prefill_chunk).total, buffers(max_batch, 1).total)
+
+
+def fill(block: np.ndarray, tokens: np.ndarray, starts: np.ndarray) -> int:
+    """Write a step's inputs into a block of bytes; returns how many of them count. tokens [B, S], starts [B], int64."""
+    batch, count = tokens.shape
+    places = buffers(batch, count)
+    positions = starts[:, None] + np.arange(count)
+    for offset, values in ((0, tokens), (places.position_ids, positions), (places.write_indices, starts)):
+        data = np.ascontiguousarray(values, np.int64).view(np.uint8).ravel()
+        block[offset : offset + data.size] = data
+    return places.total
+
+
+def kv_layout(model: dict[str, Any], max_seq: int, slots: int) -> KVLayout:
+    """Of a plan's caches. Raises GateworkError where slots would not be aligned as TensorRT demands of tensors."""
+    names = cache_names(model["num_layers"])
+    layout = KVLayout(names, slots, model["num_kv_heads"], max_seq, model["head_dim"], _KV_ITEMSIZE)
+    if slots > 1 and layout.slot_bytes % ALIGNMENT:
+        fix = "build it with a --max-seq that is a multiple of 16, or load it with max_batch=1"
+        got, expected = f"slots of {layout.slot_bytes} bytes", f"multiples of {ALIGNMENT}"
+        raise GateworkError(
+            "the engine's cache cannot be shared by several sequences", got=got, expected=expected, fix=fix
+        )
+    return layout
+
+
+def tensor_addresses(
+    inputs: int, logits: int, cache: Cache, experts: dict[str, int], slot: int, shape: tuple[int, int]
+) -> dict[str, int]:
+    """Where a step of `shape` [B, S] on the slots from `slot` on finds every tensor. present is past: updated in place."""
+    places = buffers(*shape)
+    found = {
+        "input_ids": inputs,
+        "position_ids": inputs + places.position_ids,
+        "write_indices": inputs + places.write_indices,
+        "logits": logits,
+    }
+    for name in cache.layout.names:
+        found[f"past.{name}"] = found[f"present.{name}"] = cache.address(name, slot)
+    return found | experts
+
+
+def input_shapes(layout: KVLayout, batch: int, tokens: int) -> dict[str, tuple[int, ...]]:
+    """Of the inputs whose dimensions the plan leaves open."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_ids": (batch, tokens),
+        "position_ids": (batch, tokens),
+        "write_indices": (batch,),
+    }
+    return shapes | {f"past.{name}": layout.shape(batch) for name in layout.names}
+
+
+class _DecodeStep(NamedTuple):
+    """One batch size: its context, bound to the first slots, which has to outlive the graph that was captured of it."""
+
+    context: Any
+    graph: Any
+
+
+class TensorRTBackend:
+    """Runs an engine's model.plan.
+
+    Args:
+        engine: an opened engine directory that is whole (see `open.check_runnable`).
+        module: "tensorrt" or "tensorrt_rtx", the one that made the plan.
+        max_batch: cache slots.
+
+    Raises:
+        GateworkError: no GPU, a package missing, a plan that does not load, too little memory.
+    """
+
+    def __init__(self, engine: Engine, module: str, *, max_batch: int) -> None:
+        self.max_batch, self.max_seq = max_batch, engine.limits.max_seq
+        self._device = Device()  # before the module: its libraries need a driver
+        self._trt = trt = load_toolchain(module)
+        self._creator = register(trt)
+        attach_kernels(self._creator, engine)
+        self._plan = load_plan(trt, self._creator, engine.path / PLAN)
+        self._vocab_size: int = engine.model["vocab_size"]
+        self._chunk = engine.limits.prefill_chunk
+        nbytes = largest_buffers(max_batch, self._chunk)
+        self._inputs, self._host_inputs = self._device.allocate(nbytes, "inputs"), self._device.pinned(nbytes)
+        nbytes = max_batch * self._vocab_size * 4
+        self._logits, self._host_logits = self._device.allocate(nbytes, "logits"), self._device.pinned(nbytes)
+        self._cache = DeviceCache(kv_layout(engine.model, self.max_seq, max_batch), self._device)
+        experts = engine.path / EXPERTS
+        self._experts = upload(self._device, experts) if experts.is_file() else {}
+        self._scratch_bytes = scratch_bytes(self._plan)
+        self._scratch = self._device.allocate(self._scratch_bytes, "scratch")
+        self._check_tensors(tensor_names(self._plan))
+        check_types(trt, self._plan)
+        self._prefill_context = self._new_context(PREFILL)
+        self._decode_steps: dict[int, _DecodeStep] = {}  # by batch size
+
+    def prefill(self, slot: int, tokens: list[int], start: int) -> np.ndarray:
+        """Run `tokens` at positions start.. of a slot; returns the logits [V] of the last one."""
+        assert len(tokens) <= self._chunk and start + len(tokens) <= self.max_seq
+        self._bind(self._prefill_context, 1, len(tokens), slot)
+        nbytes = fill(self._host_inputs, np.array([tokens], np.int64), np.array([start], np.int64))
+        self._enqueue(self._prefill_context, nbytes, 1)
+        return self._read(1)[0]
+
+    def decode(self, tokens: list[int], positions: list[int]) -> np.ndarray:
+        """Advance slot i by tokens[i] at positions[i]; returns logits [n, V]."""
+        assert max(positions) < self.max_seq
+        batch = len(tokens)
+        nbytes = fill(self._host_inputs, np.array(tokens, np.int64)[:, None], np.array(positions, np.int64))
+        if (step := self._decode_steps.get(batch)) is not None:
+            self._device.launch(step.graph)
+            return self._read(batch)
+        context = self._new_context(DECODE)
+        self._bind(context, batch, 1, 0)
+        self._enqueue(context, nbytes, batch)  # TensorRT wants a run before a capture
+        logits = self._read(batch)
+        graph = self._device.capture(lambda: self._enqueue(context, nbytes, batch))
+        self._decode_steps[batch] = _DecodeStep(context, graph)
+        return logits
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a slot's cache to another slot."""
+        self._cache.move(source, target, length)
+
+    def _enqueue(self, context: Any, nbytes: int, batch: int) -> None:
+        """Queue the inputs' copy, the plan, and the copy of the logits."""
+        self._device.to_device(self._inputs, self._host_inputs, nbytes)
+        with self._creator.raising_errors():
+            execute(self._trt, context, self._device.stream_address)
+        self._device.to_host(self._host_logits, self._logits, batch * self._vocab_size * 4)
+
+    def _read(self, batch: int) -> np.ndarray:
+        """Wait for the logits [B, V] float32; the next step overwrites where they land, so this is a copy."""
+        self._device.synchronize()
+        nbytes = batch * self._vocab_size * 4
+        return self._host_logits[:nbytes].view(np.float32).reshape(batch, self._vocab_size).copy()
+
+    def _new_context(self, profile: int) -> Any:
+        context = new_context(self._trt, self._plan, profile, self._device.stream_address)
+        self._device.synchronize()
+        share_scratch(context, self._scratch, self._scratch_bytes)
+        return context
+
+    def _bind(self, context: Any, batch: int, tokens: int, slot: int) -> None:
+        addresses = tensor_addresses(self._inputs, self._logits, self._cache, self._experts, slot, (batch, tokens))
+        bind(context, addresses, input_shapes(self._cache.layout, batch, tokens))
+
+    def _check_tensors(self, names: list[str]) -> None:
+        """Raise unless every tensor of the plan has an address."""
+        known = tensor_addresses(self._inputs, self._logits, self._cache, self._experts, 0, (1, 1))
+        if missing := [name for name in names if name not in known]:
+            raise GateworkError("the plan reads tensors that the engine does not hold", got=", ".join(missing[:3]))
+
+
+def attach_kernels(creator: MoECreator, engine: Engine) -> None:
+    """Give the plugin what launches its kernels, before a plan with it is loaded; dense models need none.
+
+    This is the place where the cubins of the engine's kernels/ folder become `creator.launcher`.
+    """
+    if engine.model["moe"] is not None and creator.launcher is None:
+        raise GateworkError("this version of Gatework has no GPU kernels for gatework::MoE: the plan cannot run")
+
+
+def load_plan(trt: Any, creator: MoECreator, path: Path) -> Any:
+    """The trt.ICudaEngine of a plan file. The plan belongs to one kind of GPU and one version of TensorRT."""
+    logger = process_logger(trt)
+    logger.errors.clear()  # of builds in this process
+    with creator.raising_errors():
+        runtime = trt.Runtime(logger)
+        plan = runtime.deserialize_cuda_engine(path.read_bytes())
+        if plan is None:
+            fix = "build it with the TensorRT installed here, on or for this GPU"
+            raise GateworkError(f"{trt.__name__} cannot load {path}", got=_reason(logger), fix=fix)
+    return plan
+
+
+def tensor_names(plan: Any) -> list[str]:
+    """All inputs and outputs."""
+    return [plan.get_tensor_name(number) for number in range(plan.num_io_tensors)]
+
+
+def check_types(trt: Any, plan: Any) -> None:
+    """Raise unless the plan reads and writes the types that the buffers hold."""
+    expected = dict.fromkeys(("input_ids", "position_ids", "write_indices"), trt.DataType.INT64)
+    for name, data_type in (expected | {"logits": trt.DataType.FLOAT}).items():
+        if (found := plan.get_tensor_dtype(name)) != data_type:
+            raise GateworkError(f"the plan's {name} has the wrong type", got=found.name, expected=data_type.name)
+
+
+def scratch_bytes(plan: Any) -> int:
+    """Memory that a context of either profile needs."""
+    return max(plan.get_device_memory_size_for_profile_v2(profile) for profile in (PREFILL, DECODE))
+
+
+def new_context(trt: Any, plan: Any, profile: int, stream: int) -> Any:
+    """An execution context of a profile, without scratch memory."""
+    context = plan.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    if context is None or not context.set_optimization_profile_async(profile, stream):
+        got = _reason(process_logger(trt))
+        raise GateworkError(f"{trt.__name__} makes no execution context for profile {profile}", got=got)
+    return context
+
+
+def share_scratch(context: Any, address: int, nbytes: int) -> None:
+    """Let the context work in a block that others use as well, at other times."""
+    context.set_device_memory(address, nbytes)
+
+
+def bind(context: Any, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Set every tensor's address and every open shape."""
+    for name, address in addresses.items():
+        if not context.set_tensor_address(name, address):
+            raise GateworkError(f"TensorRT does not take an address for {name}")
+    for name, shape in shapes.items():
+        if not context.set_input_shape(name, shape):
+            raise GateworkError(f"TensorRT does not take a shape for {name}", got=shape)
+
+
+def execute(trt: Any, context: Any, stream: int) -> None:
+    """Queue the plan on a stream."""
+    if not context.execute_async_v3(stream):
+        raise GateworkError(f"{trt.__name__} cannot run the plan", got=_reason(process_logger(trt)))
+
+
+def _reason(logger: Any) -> str:
+    return next(iter(logger.errors), "no reason")

@@ -1,0 +1,150 @@
+"""What the TensorRT backend decides without a GPU: which bytes go where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+
+from gatework import GateworkError
+from gatework.export.build import build_engine
+from gatework.export.checkpoint import Checkpoint
+from gatework.export.options import BuildOptions
+from gatework.export.tensorrt.compile import write_graph
+from gatework.export.tensorrt.scales import load_scales
+from gatework.runtime.backends.experts import Place, chunks, read_places, span
+from gatework.runtime.backends.kv import ALIGNMENT, HostCache, cache_names
+from gatework.runtime.backends.tensorrt import (
+    buffers,
+    fill,
+    input_shapes,
+    kv_layout,
+    largest_buffers,
+    tensor_addresses,
+)
+from tests.checkpoints import make_checkpoint
+
+MODEL = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16}
+
+
+@pytest.mark.parametrize(("batch", "count"), [(1, 1), (1, 7), (3, 1), (8, 1), (1, 512)])
+def test_inputs_lie_aligned_behind_each_other(batch: int, count: int) -> None:
+    rng = np.random.default_rng(0)
+    tokens, starts = rng.integers(0, 100, (batch, count)), rng.integers(0, 50, batch)
+    block = np.full(largest_buffers(8, 512), 255, np.uint8)
+    places, used = buffers(batch, count), fill(block, tokens, starts)
+    assert used == places.total <= len(block)
+    assert places.position_ids % ALIGNMENT == places.write_indices % ALIGNMENT == 0
+    numbers = block.view(np.int64)
+    np.testing.assert_array_equal(numbers[: tokens.size].reshape(tokens.shape), tokens)
+    positions = numbers[places.position_ids // 8 :][: tokens.size].reshape(tokens.shape)
+    np.testing.assert_array_equal(positions, starts[:, None] + np.arange(count))
+    np.testing.assert_array_equal(numbers[places.write_indices // 8 :][:batch], starts)
+
+
+def test_every_tensor_has_an_address_and_the_cache_is_updated_in_place() -> None:
+    cache = HostCache(kv_layout(MODEL, 12, 4))
+    found = tensor_addresses(0x1000, 0x2000, cache, {"layers.0.moe.w_in": 0x3000}, 2, (1, 40))
+    places = buffers(1, 40)
+    assert found["input_ids"] == 0x1000
+    assert found["position_ids"] == 0x1000 + places.position_ids
+    assert found["write_indices"] == 0x1000 + places.write_indices
+    assert found["logits"] == 0x2000
+    assert found["layers.0.moe.w_in"] == 0x3000
+    for name in cache_names(2):
+        assert found[f"past.{name}"] == found[f"present.{name}"] == cache.address(name, 2)
+    assert len(set(found.values())) == len(found) - 4
+
+
+def test_slots_that_tensorrt_would_not_take() -> None:
+    with pytest.raises(
+        GateworkError, match=r"got slots of 640 bytes; expected multiples of 256; fix: .*multiple of 16"
+    ):
+        kv_layout(MODEL, 10, 2)
+    assert kv_layout(MODEL, 10, 1).slot_bytes == 640
+
+
+def test_open_shapes() -> None:
+    shapes = input_shapes(kv_layout(MODEL, 12, 4), 3, 1)
+    assert shapes["input_ids"] == shapes["position_ids"] == (3, 1)
+    assert shapes["write_indices"] == (3,)
+    assert {shapes[f"past.{name}"] for name in cache_names(2)} == {(3, 2, 12, 16)}
+    assert len(shapes) == 3 + 4
+
+
+def test_a_graphs_names_are_those_of_the_plan(checkpoint: Path, tmp_path: Path) -> None:
+    """The backend binds what the exporter's graph reads: the names are those of the file that TensorRT parses."""
+    options = BuildOptions(target="a100", precision="int4", max_seq=16)
+    opened = Checkpoint.open(checkpoint)
+    graph = write_graph(opened, tmp_path, options, load_scales(opened, options))
+    written = onnx.load(graph.path, load_external_data=False).graph
+    experts = {spec.name: 0 for pack in graph.experts for spec in pack.outputs}
+    layout = kv_layout(opened.config.to_dict(), 16, 2)
+    known = tensor_addresses(0, 0, HostCache(layout), experts, 0, (1, 1))
+    assert {value.name for value in (*written.input, *written.output)} == set(known)
+    opened_dims = {
+        value.name: tuple(dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim) for value in written.input
+    }
+    shapes = input_shapes(layout, 2, 1)
+    assert {name for name, dims in opened_dims.items() if -1 in dims} == set(shapes)
+    for name, shape in shapes.items():
+        assert len(shape) == len(opened_dims[name])
+        assert all(dim in (-1, size) for dim, size in zip(opened_dims[name], shape, strict=True))
+
+
+def test_chunks_cover_a_range_once() -> None:
+    assert list(chunks(4096, 4196, 40)) == [Place(4096, 40), Place(4136, 40), Place(4176, 20)]
+    assert list(chunks(0, 40, 40)) == [Place(0, 40)]
+
+
+def test_what_is_copied_holds_every_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors = {"a": torch.arange(7, dtype=torch.int16), "b": torch.randn(3, 5)}
+    save_file(tensors, path, metadata={"format": "pt"})
+    places = read_places(path)
+    start, end = span(places)
+    block = path.read_bytes()[start:end]
+    for name, values in load_file(path).items():
+        place = places[name]
+        assert block[place.start - start :][: place.nbytes] == values.tobytes()
+
+
+def test_written_experts_are_aligned_on_the_device(engine: Path) -> None:
+    places = read_places(engine / "experts.safetensors")
+    start, _ = span(places)
+    assert len(places) == 8
+    assert start % 4096 == 0
+    assert all((place.start - start) % 4096 == 0 for place in places.values())
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]"])
+def test_a_damaged_expert_file_is_refused(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "experts.safetensors"
+    path.write_bytes(damage)
+    with pytest.raises(GateworkError, match="is damaged: it names no tensors inside it"):
+        read_places(path)
+
+
+def test_a_tensor_beyond_the_expert_file_is_refused(tmp_path: Path) -> None:
+    header = json.dumps({"w": {"dtype": "I8", "shape": [9], "data_offsets": [0, 9]}}).encode()
+    path = tmp_path / "experts.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+    with pytest.raises(GateworkError, match="is damaged"):
+        read_places(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), "mixtral")
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path) -> Path:
+    """An int8 CPU engine: its experts lie as those of any target do."""
+    return build_engine(checkpoint, checkpoint.parent / "engine", precision="int8", max_seq=16)

@@ -1,0 +1,136 @@
+"""Engines on a GPU, end to end: built, loaded and run through the public API, their output against the CPU's and PyTorch's."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from gatework import LLM, GateworkError, SamplingParams
+from gatework.export.build import build_engine
+from gatework.export.targets import TARGETS, Target
+from gatework.plugins.machine import gpu_capability
+from gatework.runtime.backends.device import Device
+from gatework.runtime.backends.kv import DeviceCache, KVLayout, cache_names
+from gatework.runtime.verify import Bounds, verify
+from tests.checkpoints import make_checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(gpu_capability() is None, reason="no NVIDIA GPU: no engine is run on one"),
+]
+needs_ort = pytest.mark.skipif(
+    "CUDAExecutionProvider" not in ort.get_available_providers(),
+    reason="onnxruntime-gpu is not installed: no cuda engine is run",
+)
+TINY = Path(__file__).parents[1] / "examples" / "tiny-mixtral"
+GREEDY = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
+# Rounding to 8 bits of mantissa after every operator of two layers of random weights; float16 leaves 3e-3 on CPU kernels.
+BF16 = Bounds(relative=0.1, mean_kl=0.01)
+
+
+@needs_ort
+def test_an_eight_layer_mixtral_gives_the_cpu_engines_tokens(tmp_path: Path) -> None:
+    """Rows of several lengths, more of them than slots, that end at different steps: slots are moved."""
+    path = make_checkpoint(tmp_path, "mixtral", num_layers=8, max_position_embeddings=128)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 128, length).tolist() for length in (3, 17, 40, 1, 9, 25)]
+    params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (48, 5, 30, 48, 12, 20)]
+    got = {}
+    for target in ("cpu", "cuda"):
+        out = tmp_path / f"engine-{target}"
+        engine = build_engine(path, out, target=target, precision="fp32", max_batch=4, prefill_chunk=16)
+        got[target] = [completion.token_ids for completion in LLM(engine).generate(prompts, params)]
+    assert got["cuda"] == got["cpu"]
+
+
+@needs_ort
+def test_a_float32_engine_passes_its_bounds(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "dbrx")
+    report = verify(build_engine(path, tmp_path / "engine", target="cuda", precision="fp32", max_seq=64), path)
+    assert report.passed, str(report)
+
+
+@needs_ort
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8", "int4"])
+def test_the_bundled_model_passes_its_bounds(tmp_path: Path, precision: str) -> None:
+    engine = build_engine(TINY, tmp_path / "engine", target="cuda", precision=precision, max_seq=512)
+    text = (TINY / "heldout.txt").read_text()[:20_000]
+    report = verify(engine, TINY, text=text)
+    assert report.passed, str(report)
+
+
+def target_here() -> Target:
+    """The table's first target that is this GPU."""
+    found = next((target for target in TARGETS.values() if target.capability == gpu_capability()), None)
+    if found is None:
+        pytest.skip(f"no target for a GPU of compute capability {gpu_capability()}: no plan is run")
+    if not any(find_spec(name) for name in found.toolchains):
+        pytest.skip(f"no {' or '.join(found.toolchains)}: no plan is run")
+    return found
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("model", ["llama2", "mistral", "mixtral", "dbrx"])
+def test_a_plan_equals_the_model(tmp_path: Path, model: str) -> None:
+    path = make_checkpoint(tmp_path, model)
+    settings: dict[str, Any] = {"target": target_here().name, "precision": "bf16", "prefill_chunk": 16, "max_batch": 4}
+    engine = build_engine(path, tmp_path / "engine", **settings)
+    try:
+        LLM(engine)
+    except GateworkError as error:
+        if "no GPU kernels for gatework::MoE" in str(error):
+            pytest.skip("no GPU kernels for gatework::MoE in this version: no plan with experts is run")
+        raise
+    report = verify(engine, path, bounds=BF16)
+    assert report.passed, str(report)
+
+
+@pytest.mark.tensorrt
+def test_captured_steps_give_what_the_first_run_gave(tmp_path: Path) -> None:
+    """A batch size's first step runs uncaptured, later ones replay its graph: the same prompts twice, the same tokens."""
+    path = make_checkpoint(tmp_path, "llama2")
+    engine = build_engine(path, tmp_path / "engine", target=target_here().name, precision="bf16", max_batch=4)
+    llm = LLM(engine)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11]]
+    first = [completion.token_ids for completion in llm.generate(prompts, GREEDY)]
+    assert [completion.token_ids for completion in llm.generate(prompts, GREEDY)] == first
+
+
+def test_slots_move_on_the_device() -> None:
+    device = Device()
+    layout = KVLayout(cache_names(2), slots=3, heads=2, positions=5, width=8, itemsize=2)
+    cache = DeviceCache(layout, device)
+    host = device.pinned(layout.total)
+    host[:] = np.random.default_rng(0).integers(0, 256, layout.total)
+    before = host.copy()
+    device.to_device(cache.address("0.k", 0), host, layout.total)
+    cache.move(2, 0, 3)
+    device.to_host(host, cache.address("0.k", 0), layout.total)
+    device.synchronize()
+    want = before.copy()
+    for each in layout.move(2, 0, 3):
+        for row in range(each.rows):
+            at = row * each.pitch
+            want[each.target + at :][: each.width] = before[each.source + at :][: each.width]
+    np.testing.assert_array_equal(host, want)
+
+
+def test_a_graph_replays_what_was_captured() -> None:
+    device = Device()
+    block, source, target = device.allocate(256, "test"), device.pinned(256), device.pinned(256)
+
+    def copy() -> None:
+        device.to_device(block, source, 256)
+        device.to_host(target, block, 256)
+
+    graph = device.capture(copy)
+    for value in (1, 2):
+        source[:] = value
+        device.launch(graph)
+        device.synchronize()
+        assert (target == value).all()
