@@ -26,8 +26,8 @@ ROUNDED = {"float16": 2**-11 + 1e-5, "bfloat16": 2**-8 + 1e-5}
 SUMS = 1e-5
 # ||y - definition|| / ||definition||: three roundings to the dtype at most. 8-bit x and hidden bring errors of their own,
 # in int8 of half a step of 1/127 of a row's largest; in fp8 of 2.6 % (4 bits of significand) in x, which a gate feels
-# twice, and in hidden: sqrt(2 * 2.6^2 + 2.6^2) = 4.5 %. The checks by stage show that the kernels add nothing to them.
-NORM = {"float16": 1e-3, "bfloat16": 1e-2, "int8": 2e-2, "fp8_e4m3": 4.5e-2}
+# twice: sqrt(2) * 2.6 = 3.7 %, up to 3.9 % with silu's slope. The checks by stage show that the kernels add nothing to them.
+NORM = {"float16": 1e-3, "bfloat16": 1e-2, "int8": 2e-2, "fp8_e4m3": 4e-2}
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +83,23 @@ def check_routing(got: dict[str, Array], logits: Array, attributes: MoEAttribute
 
 
 def dequantised(got: dict[str, Array], name: str, values: Array, attributes: MoEAttributes) -> Array:
-    """code * scale, after a look at both: the largest of a row meets the format's, all are within half a step."""
+    """code * scale, after a look at both: the largest of a row meets the format's, all are within half a step.
+
+    Of two codes, the second is as near to what the first left.
+    """
     codes, scale = got[f"{name}_codes"], got[f"{name}_scale"].astype(np.float64)[:, None]
     largest = {"int8": 127, "fp8_e4m3": 448}[attributes.weight_format]
     values = values.astype(np.float64)
     np.testing.assert_allclose(scale[:, 0] * largest, np.abs(values).max(axis=1), rtol=1e-6)
-    exact = values / scale
-    # fp8 has 3 bits behind the point of a normal number, and steps of 2^-9 below 2^-6.
-    step = 1.0 if largest == 127 else np.exp2(np.floor(np.log2(np.maximum(np.abs(exact), 2.0**-6))) - 3)
-    assert (np.abs(codes.astype(np.float64) - exact) <= step / 2 * (1 + 1e-4)).all()
-    return codes.astype(np.float64) * scale
+    exact, total = values / scale, np.zeros(values.shape)
+    for part in codes.astype(np.float64).reshape(len(values), -1, values.shape[1]).swapaxes(0, 1):
+        # fp8 has 3 bits behind the point of a normal number, and steps of 2^-9 below 2^-6.
+        step = 1.0 if largest == 127 else np.exp2(np.floor(np.log2(np.maximum(np.abs(exact - total), 2.0**-6))) - 3)
+        # float32's own rounding of the quotient is 2^-24 of it, in the second code too.
+        allowed = step / 2 * (1 + 1e-4) + np.abs(exact) * 2.0**-23
+        assert (np.abs(part - (exact - total)) <= allowed).all()
+        total += part
+    return total * scale
 
 
 def grouped(a: Array, offsets: Array, inputs: dict[str, Array], side: str, attributes: MoEAttributes) -> Array:
