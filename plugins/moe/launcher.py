@@ -104,14 +104,16 @@ class _Step(NamedTuple):
 
 
 class Launcher:
-    """Serves calls on the device of the context that is current when it is made, from any thread.
+    """Serves calls on the device of the context that is current when it is made, from any thread in which it is current.
+
+    Where none is current, the primary one of device 0 becomes so, which torch and TensorRT use too.
 
     compiling: Triton compiles kernels that were not added, when a call first needs them; never while a graph is captured.
     """
 
     def __init__(self, *, compiling: bool = False) -> None:
         self.driver = _driver()
-        self.sm = current_sm(self.driver)
+        self.sm = _current_sm(self.driver)
         self.compiling = compiling
         self._functions: dict[str, tuple[Any, Compiled]] = {}
         self._lock = Lock()
@@ -167,9 +169,11 @@ class Launcher:
         self._functions[kernel.name] = function, kernel
 
 
-def current_sm(driver: Any = None) -> int:
+def _current_sm(driver: Any) -> int:
     """Compute capability of the current context's device: 90 for 9.0."""
-    driver = driver or _driver()
+    if not int(_check(driver, "cuCtxGetCurrent", *driver.cuCtxGetCurrent())):
+        context = _check(driver, "cuDevicePrimaryCtxRetain", *driver.cuDevicePrimaryCtxRetain(0))
+        _check(driver, "cuCtxSetCurrent", *driver.cuCtxSetCurrent(context))
     device = _check(driver, "cuCtxGetDevice", *driver.cuCtxGetDevice())
     names = driver.CUdevice_attribute
     major, minor = (

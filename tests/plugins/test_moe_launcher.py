@@ -116,8 +116,9 @@ def test_what_the_kernels_cannot_take_is_refused() -> None:
 
 def test_cuda_bindings_have_what_is_used() -> None:
     driver = pytest.importorskip("cuda.bindings.driver", reason="no cuda-bindings: the names used are not checked")
-    functions = ("cuInit", "cuCtxGetDevice", "cuDeviceGetAttribute", "cuModuleLoadData", "cuModuleGetFunction")
-    for name in (*functions, "cuFuncSetAttribute", "cuLaunchKernel"):
+    functions = ("cuInit", "cuCtxGetCurrent", "cuCtxGetDevice", "cuCtxSetCurrent", "cuDeviceGetAttribute")
+    functions += ("cuDevicePrimaryCtxRetain", "cuFuncSetAttribute", "cuLaunchKernel", "cuModuleGetFunction")
+    for name in (*functions, "cuModuleLoadData"):
         assert callable(getattr(driver, name))
     assert driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES == 8
     for part, value in (("MAJOR", 75), ("MINOR", 76)):
