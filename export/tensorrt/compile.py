@@ -68,12 +68,14 @@ def compile_tensorrt(
     *,
     progress: bool = False,
 ) -> tuple[list[str], dict[str, Any]]:
-    """Write plan, experts, kernels, layer listing and builder log into `directory`; returns file names and facts of the weights.
+    """Write plan, experts, kernels, layer listing and builder log into `directory`; returns names and facts of weights.
 
     The dense weights pass through a scratch folder, from which TensorRT reads them into the plan.
     """
     trt = load_toolchain(compiler.module)
-    if checkpoint.config.moe is not None and compiler.sm is None:  # on the GPU at hand TensorRT may run what it compiles
+    if (
+        checkpoint.config.moe is not None and compiler.sm is None
+    ):  # on the GPU at hand TensorRT may run what it compiles
         register(trt).launcher = Launcher(compiling=True)
     names = [PLAN, LAYERS, LOG, *write_kernels(checkpoint.config, options, directory)]
     with tempfile.TemporaryDirectory(prefix=".graph.", dir=directory) as scratch:

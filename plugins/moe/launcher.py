@@ -89,7 +89,9 @@ class Arguments:
         workspace = call.workspace
         addresses = [*call.inputs.values(), *(workspace + offset for offset in self.offsets), call.y]
         if any(address % ALIGNED for address in addresses):
-            raise GateworkError("a MoE tensor lies at an odd address", expected=f"multiples of {ALIGNED}", got=addresses)
+            raise GateworkError(
+                "a MoE tensor lies at an odd address", expected=f"multiples of {ALIGNED}", got=addresses
+            )
         self.slots[: self.addresses] = addresses
 
 

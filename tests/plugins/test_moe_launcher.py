@@ -108,7 +108,7 @@ def test_what_the_kernels_cannot_take_is_refused() -> None:
     attributes = MoEAttributes(top_k=2)
     kind = Kind(attributes, MoESizes(7, D, E, I), "float16", ("x", "router_logits", "w_in", "w_out"))
     arguments = Arguments(80, kind)
-    with pytest.raises(GateworkError, match="lies at an odd address; got .*; expected multiples of 16"):
+    with pytest.raises(GateworkError, match=r"lies at an odd address; got .*; expected multiples of 16"):
         arguments.bind(call_of(kind)._replace(y=(1 << 40) + 8))
     with pytest.raises(GateworkError, match="both biases or none"):
         Arguments(80, kind._replace(inputs=(*kind.inputs, "b_in")))

@@ -1,8 +1,8 @@
 """Compiles kernel variants to cubins, without a GPU; needs Triton, which running the result does not.
 
-    compiled = compile_variant(variant, sm=90)
-    save(directory, sm, variants)              DIRECTORY/<variant.name>.cubin each, and DIRECTORY/kernels.json
-    load(directory)                            what `save` wrote: sm, and the kernels by variant name; no Triton
+compiled = compile_variant(variant, sm=90)
+save(directory, sm, variants)              DIRECTORY/<variant.name>.cubin each, and DIRECTORY/kernels.json
+load(directory)                            what `save` wrote: sm, and the kernels by variant name; no Triton
 """
 
 from __future__ import annotations

@@ -152,7 +152,9 @@ def _check(setting: Setting) -> None:
     if dtype not in POINTERS:
         raise GateworkError("MoE kernels have no such activations", got=dtype, expected=" or ".join(POINTERS))
     if attributes.weight_format == "fp8_e4m3" and sm < 89:
-        raise GateworkError("fp8 experts need sm_89 or newer", got=f"sm_{sm}", fix="choose precision int8 or int4 for this GPU")
+        raise GateworkError(
+            "fp8 experts need sm_89 or newer", got=f"sm_{sm}", fix="choose precision int8 or int4 for this GPU"
+        )
     if max(setting.choices, attributes.w_in_rows(sizes.I) * sizes.D) > MOST_CHOICES:
         raise GateworkError("the MoE call is too large for 32-bit indices", got=sizes, expected="T*K, G*I*D < 2^31")
 
