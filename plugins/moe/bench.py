@@ -147,7 +147,7 @@ def measure_limits(*, fp8: bool) -> dict[str, float]:
     """Bytes per second of a copy, read and write counted; operations per second of large dense products."""
     source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    found = {"copy_gb_s": 2 * source.numel() / seconds_of(lambda: target.copy_(source)) / 1e9}
+    found = {"copy_gb_s": 2 * source.numel() / seconds_of(partial(target.copy_, source)) / 1e9}
     del source, target
     N = 8192
     a = torch.randn(N, N, device="cuda", dtype=torch.bfloat16)
