@@ -72,17 +72,15 @@ class Arguments:
         self.offsets = tuple(offsets.values())
         values: dict[str | int, int] = {name: i for i, name in enumerate((*inputs, *offsets, "y"))}
         self.addresses = len(values)
-        for value in (0, *(value for launch in self.launches for value in launch.values if isinstance(value, int))):
-            values.setdefault(value, len(values))
-        self.slots = (c_uint64 * len(values))()
-        for value, i in values.items():
-            if isinstance(value, int):
-                self.slots[i] = value
+        passed = (value for launch in self.launches for value in launch.values if isinstance(value, int))
+        for number in (0, *passed):
+            values.setdefault(number, len(values))
+        self.slots = (c_uint64 * len(values))(*(key if isinstance(key, int) else 0 for key in values))
         start = addressof(self.slots)
         self.pointers = []
         for launch in self.launches:
-            passed = [start + sizeof(c_uint64) * values[value] for value in (*launch.values, *(0 for _ in HIDDEN))]
-            self.pointers.append((c_uint64 * len(passed))(*passed))
+            keys = (*launch.values, *(0 for _ in HIDDEN))
+            self.pointers.append((c_uint64 * len(keys))(*(start + sizeof(c_uint64) * values[key] for key in keys)))
 
     def bind(self, call: Call) -> None:
         """Write the addresses of a call of this kind."""
@@ -92,7 +90,7 @@ class Arguments:
             raise GateworkError(
                 "a MoE tensor lies at an odd address", expected=f"multiples of {ALIGNED}", got=addresses
             )
-        self.slots[: self.addresses] = addresses
+        self.slots[: self.addresses] = addresses  # type: ignore[assignment]
 
 
 class _Step(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ def _kernels(inputs: dict[str, Tensor | None], attributes: MoEAttributes) -> Ten
             raise GateworkError(f"MoE input {name} is not contiguous", fix=f"pass {name}.contiguous()")
     y, nbytes = torch.empty_like(x), layout(sizes, attributes, x.element_size()).total
     workspace = torch.empty(nbytes, dtype=torch.uint8, device=x.device)
-    dtype = "float16" if x.dtype == torch.float16 else "bfloat16"
+    dtype: Literal["float16", "bfloat16"] = "float16" if x.dtype == torch.float16 else "bfloat16"
     addresses = {name: value.data_ptr() for name, value in given.items()}
     stream = torch.cuda.current_stream(x.device).cuda_stream
     with torch.cuda.device(x.device):
