@@ -69,7 +69,9 @@ def test_other_gates_do_not_spill(sm: int, weight_format: Any, glu: Any) -> None
         assert kernel.spills == 0, (T, kernel.registers, kernel.spills)
 
 
-@pytest.mark.parametrize(("sm", "weight_format", "group_size"), TARGETS)
+@pytest.mark.parametrize(
+    ("sm", "weight_format", "group_size"), [*TARGETS, (89, "fp8_e4m3", 0), (120, "dense", 0), (120, "int8", 0)]
+)
 def test_every_kernel_fits_and_is_deterministic(sm: int, weight_format: Any, group_size: int) -> None:
     attributes = MoEAttributes(top_k=2, weight_format=weight_format, group_size=group_size, capacity_factor=1.0)
     for variant in variants(sm, MIXTRAL, attributes, "bfloat16"):
