@@ -54,7 +54,8 @@ def build_engine(
     check_free(Path(out), force)
     compiler = None if options.device.capability is None else choose_compiler(options.device, options.toolchain)
     checkpoint = Checkpoint.open(source)
-    inputs, tools = build_inputs(checkpoint.path, options), tool_versions(options)
+    inputs = build_inputs(checkpoint.path, options)
+    tools = tool_versions(options, experts=checkpoint.config.moe is not None)
     options = options.fitted_to(checkpoint.config)
     if compiler is not None:
         scales = load_scales(checkpoint, options)

@@ -12,16 +12,22 @@ from gatework.export.options import BuildOptions
 from gatework.export.tensorrt.toolchain import choose_compiler
 from gatework.plugins import engine_format
 from gatework.plugins.machine import onnxruntime_version
+from gatework.plugins.moe.kernels.compile import require_triton
 
 TOOLS = ("gatework", "torch", "onnx", "onnxscript", "onnx-ir")
 
 
-def tool_versions(options: BuildOptions) -> dict[str, str]:
-    """Versions of all that takes part in a build, the compiler that would be chosen on this machine included."""
+def tool_versions(options: BuildOptions, *, experts: bool) -> dict[str, str]:
+    """Versions of all that takes part in a build, the compilers that would be chosen on this machine included.
+
+    experts: the model has some. Then GateworkError where a GPU's kernels for them cannot be compiled.
+    """
     tools = {tool: version(tool) for tool in TOOLS}
     if options.device.capability is None:
         return tools | {"onnxruntime": onnxruntime_version()}
     compiler = choose_compiler(options.device, options.toolchain)
+    if experts and not options.plan_only:
+        tools["triton"] = require_triton(f"an engine with experts for {options.target}")
     return tools | {compiler.module: compiler.version}
 
 
@@ -44,7 +50,7 @@ def is_current(source: Path, out: Path, options: BuildOptions) -> bool:
         manifest = json.loads((out / engine_format.MANIFEST).read_text())
         sizes = {name: (out / name).stat().st_size for name in manifest["files"]}
         same_files = sizes == {name: facts["size"] for name, facts in manifest["files"].items()}
-        same_tools = manifest["toolchain"] == tool_versions(options)
+        same_tools = manifest["toolchain"] == tool_versions(options, experts=manifest["model"]["moe"] is not None)
         return same_files and same_tools and manifest.get("inputs") == build_inputs(source, options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # no engine, or one that cannot be read

@@ -12,6 +12,7 @@ from gatework.plugins.machine import usable_cpus
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 FALLBACK = "fallback.onnx"  # of a CPU engine: the graph for machines without the CPU kernels' library
+KERNELS = "kernels"  # the one folder in an engine: compiled GPU kernels
 
 # Files that make a tokenizer; the builder copies those that a checkpoint has, the runtime reads them from the engine.
 TOKENIZER_FILES = (
@@ -38,7 +39,7 @@ MANIFEST_FIELDS: dict[str, type | tuple[type, ...]] = {
     "checkpoint": dict,  # fingerprint, num_parameters, num_active_parameters
     "weight_bytes": dict,  # total, per_token: bytes of packed weights; those that one decoded token reads
     "tensors": dict,  # name -> dtype, shape, file of every packed weight
-    "files": dict,  # name -> size, sha256
+    "files": dict,  # name, or kernels/name -> size, sha256
 }
 
 

@@ -125,7 +125,7 @@ def _check_sizes(path: Path, files: dict[str, Any]) -> None:
     manifest = path / engine_format.MANIFEST
     for name, facts in files.items():
         file = path / name
-        if Path(name).name != name:
+        if Path(name).name != name.removeprefix(f"{engine_format.KERNELS}/"):
             raise _damaged(manifest, f"it names {name!r}, which is not a plain file name")
         if not isinstance(facts, dict) or set(facts) != {"size", "sha256"}:
             raise _damaged(manifest, f"it does not tell the size and SHA-256 of {name}")

@@ -16,9 +16,11 @@ from gatework.export.onnx_export import trace
 from gatework.export.options import BuildOptions
 from gatework.export.packing import Pack
 from gatework.export.tensorrt.builder import PlanRequest, build_plan
+from gatework.export.tensorrt.kernels import write_kernels
 from gatework.export.tensorrt.scales import StaticScales
 from gatework.export.tensorrt.toolchain import Compiler
 from gatework.export.weight_facts import weight_facts
+from gatework.plugins.moe.launcher import Launcher
 from gatework.plugins.moe.tensorrt import register
 from gatework.plugins.tensorrt_module import load_toolchain
 
@@ -67,12 +69,16 @@ def compile_tensorrt(
     *,
     progress: bool = False,
 ) -> tuple[list[str], dict[str, Any]]:
-    """Write plan, experts, layer listing and builder log into `directory`; returns the file names and facts of the weights.
+    """Write plan, experts, kernels, layer listing and builder log into `directory`; returns names and facts of weights.
 
     The dense weights pass through a scratch folder, from which TensorRT reads them into the plan.
     """
-    names = [PLAN, LAYERS, LOG]
     trt = load_toolchain(compiler.module)
+    if (
+        checkpoint.config.moe is not None and compiler.sm is None
+    ):  # on the GPU at hand TensorRT may run what it compiles
+        register(trt).launcher = Launcher(compiling=True)
+    names = [PLAN, LAYERS, LOG, *write_kernels(checkpoint.config, options, directory)]
     with tempfile.TemporaryDirectory(prefix=".graph.", dir=directory) as scratch:
         graph = write_graph(checkpoint, Path(scratch), options, scales, progress=progress)
         request = PlanRequest(

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gatework.export.config import ModelConfig
-from gatework.export.decoder import moe_attributes
-from gatework.export.lower import WEIGHT_FORMATS
-from gatework.export.lower.experts import with_format
 from gatework.export.options import BuildOptions
 from gatework.export.sizes import GPU_VALUE, gpu_weight_bytes
+from gatework.export.tensorrt.kernels import engine_kernels, largest_call
 from gatework.export.tensorrt.toolchain import Compiler, require_gpu
 from gatework.plugins.errors import GateworkError
-from gatework.plugins.moe.spec import MoESizes
 from gatework.plugins.moe.workspace import layout
 
 _ROPE_TABLES = 2
@@ -20,11 +17,11 @@ _ROPE_TABLES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preflight:
-    """Bytes, but for the names.
+    """Bytes, but for the names and `kernels`.
 
     plan: dense weights and tables; its kernels come on top, a few megabytes. experts: their weights and scales.
     kv_cache: of max_batch sequences of max_seq positions. scratch: the largest workspace of a MoE layer, hidden states and
-    logits, as estimated. memory: of the device.
+    logits, as estimated. memory: of the device. kernels: how many of the MoE operator's will be compiled.
     """
 
     config: ModelConfig
@@ -35,6 +32,7 @@ class Preflight:
     kv_cache: int
     scratch: int
     memory: int
+    kernels: int
 
     @property
     def needed(self) -> int:
@@ -82,6 +80,7 @@ def _measure(config: ModelConfig, options: BuildOptions, compiler: Compiler) -> 
         kv_cache=options.max_batch * options.max_seq * config.kv_bytes_per_token(GPU_VALUE),
         scratch=_scratch(config, options),
         memory=options.device_memory or options.device.memory,
+        kernels=len(engine_kernels(config, options)),
     )
 
 
@@ -91,9 +90,7 @@ def _scratch(config: ModelConfig, options: BuildOptions) -> int:
     total = 4 * tokens * widest * GPU_VALUE + 4 * options.max_batch * config.vocab_size
     if config.moe is None:
         return total + 3 * tokens * config.intermediate_size * GPU_VALUE
-    sizes = MoESizes(tokens, config.hidden_size, config.moe.num_experts, config.intermediate_size)
-    weight_format = WEIGHT_FORMATS[options.precision]  # type: ignore[index]
-    attributes = with_format(moe_attributes(config), weight_format, options.group)
+    sizes, attributes, _ = largest_call(config, options)
     return total + layout(sizes, attributes, GPU_VALUE).total
 
 

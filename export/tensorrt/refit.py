@@ -18,6 +18,7 @@ from gatework.export.tensorrt.scales import load_scales
 from gatework.export.tensorrt.toolchain import require_gpu
 from gatework.export.uptodate import build_inputs, tool_versions
 from gatework.plugins import engine_format
+from gatework.plugins.engine_format import KERNELS
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import VERSION as PLUGIN_VERSION
 from gatework.plugins.moe.tensorrt import register
@@ -52,13 +53,17 @@ def refit_engine(
         raise GateworkError(f"{engine} was built for another architecture than {source}", got=f"other {differing}")
     settings = manifest["inputs"]["settings"] | {"strip_weights": False}
     options = BuildOptions(**settings, calibration=calibration)
-    inputs, tools = build_inputs(checkpoint.path, options), tool_versions(options)
+    inputs, tools = build_inputs(checkpoint.path, options), tool_versions(options, experts=False)
     options = options.fitted_to(checkpoint.config)
     (module,) = set(tools) & {"tensorrt", "tensorrt_rtx"}
     with new_directory(Path(out), force) as directory:
-        names = [PLAN, LAYERS, LOG]
-        for name in (LAYERS, LOG):
+        copied = [LAYERS, LOG, *_kernels(manifest)]
+        if _kernels(manifest):
+            tools["triton"] = manifest["toolchain"]["triton"]
+            (directory / KERNELS).mkdir()
+        for name in copied:
             (directory / name).write_bytes((engine / name).read_bytes())
+        names = [PLAN, *copied]
         with tempfile.TemporaryDirectory(prefix=".graph.", dir=directory) as scratch:
             scales = load_scales(checkpoint, options)
             graph = write_graph(checkpoint, Path(scratch), options, scales, progress=progress)
@@ -99,8 +104,12 @@ def _read_stripped(engine: Path) -> dict[str, Any]:
     if (version := manifest["plugin_version"]) != PLUGIN_VERSION:
         what = f"{engine} was built with another version of the MoE operator"
         raise GateworkError(what, got=version, expected=PLUGIN_VERSION, fix="build the engine again")
-    for name in (PLAN, LAYERS, LOG):
+    for name in (PLAN, LAYERS, LOG, *_kernels(manifest)):
         path = engine / name
         if not path.is_file() or engine_format.sha256(path) != manifest["files"][name]["sha256"]:
             raise GateworkError(f"{path} is damaged or missing", fix="build the engine again")
     return manifest
+
+
+def _kernels(manifest: dict[str, Any]) -> list[str]:
+    return [name for name in manifest["files"] if Path(name).parts == (KERNELS, Path(name).name)]

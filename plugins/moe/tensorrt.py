@@ -21,11 +21,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe.launcher import ACTIVATION_BYTES, Call
 from gatework.plugins.moe.spec import (
     ATTRIBUTE_KINDS,
     DOMAIN,
@@ -40,7 +41,6 @@ from gatework.plugins.moe.workspace import layout
 
 # The parser's own default is the empty namespace; recent ones then try the node's domain, older ones do not.
 NODE_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
-ACTIVATION_BYTES = 2
 
 
 def input_names(attributes: MoEAttributes, *, has_bias: bool) -> tuple[str, ...]:
@@ -51,33 +51,15 @@ def input_names(attributes: MoEAttributes, *, has_bias: bool) -> tuple[str, ...]
     return tuple(name for name in INPUTS if name not in absent)
 
 
-class Call(NamedTuple):
-    """One execution: device addresses as integers. `workspace` is laid out by `gatework.plugins.moe.workspace`."""
-
-    attributes: MoEAttributes
-    sizes: MoESizes
-    dtype: Literal["float16", "bfloat16"]
-    inputs: dict[str, int]
-    y: int
-    workspace: int
-    stream: int
-
-
-class Launcher(Protocol):
-    """Puts a call's kernels on its stream; neither allocates nor waits."""
-
-    def __call__(self, call: Call) -> None: ...
-
-
 class MoECreator:
     """Makes plugins from ONNX attributes or from a plan's fields, and keeps the first error that one of them met.
 
-    `launcher` serves all of its plugins; without one they build but do not run.
+    `launcher`, a gatework.plugins.moe.launcher.Launcher, serves all of its plugins; without one they build but do not run.
     """
 
     def __init__(self, trt: Any) -> None:
         self.trt = trt
-        self.launcher: Launcher | None = None
+        self.launcher: Callable[[Call], None] | None = None
         self.error: Exception | None = None
         self.name, self.plugin_version, self.plugin_namespace = OP_TYPE, str(VERSION), DOMAIN
         self.listed = _fields(trt, dict.fromkeys(ATTRIBUTE_KINDS))
@@ -199,7 +181,8 @@ class MoEPlugin:
         stream: int,
     ) -> None:
         if self.creator.launcher is None:
-            raise GateworkError("this version of Gatework has no GPU kernels for gatework::MoE: the plan cannot run")
+            fix = "set the creator's launcher before running the plan"
+            raise GateworkError("the plugin gatework::MoE has no kernels to launch", fix=fix)
         assert self.sizes is not None
         trt = self.creator.trt
         dtype: Literal["float16", "bfloat16"] = "bfloat16"

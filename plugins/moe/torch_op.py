@@ -1,17 +1,24 @@
-"""`gatework::MoE` in PyTorch: it runs eagerly, traces with no data, and exports as one gatework::MoE node."""
+"""`gatework::MoE` in PyTorch: it runs eagerly, traces with no data, and exports as one gatework::MoE node.
+
+On CUDA tensors float16 and bfloat16 run by the GPU kernels, compiled when first needed; float32 by PyTorch's own operations.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe.launcher import Call, Launcher
 from gatework.plugins.moe.spec import DOMAIN, INPUTS, OP_TYPE, REQUIRED_INPUTS, VERSION, MoEAttributes, check_shapes
+from gatework.plugins.moe.workspace import layout
 
+STORED = {"fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -29,7 +36,8 @@ def moe(
 ) -> Tensor:
     """y [T, D] in x's dtype; shapes and dtypes as in `spec`, the operation as in `reference`.
 
-    Eager execution takes dense weights only and is not differentiable; tracing and export take every format.
+    Eager execution is not differentiable and takes dense weights only, but for the GPU kernels, which take every format, as
+    tracing and export do.
     """
     return torch.ops.gatework.moe(
         x, router_logits, w_in, w_out, b_in, b_out, w_in_scale, w_out_scale, **attributes.to_dict()
@@ -60,17 +68,61 @@ def _moe(
     routing = {"top_k": top_k, "scoring": scoring, "renormalize": renormalize}
     routing |= {"capacity_factor": capacity_factor, "min_capacity": min_capacity}
     expert = {"activation": activation, "glu": glu, "weight_format": weight_format, "group_size": group_size}
-    attributes = MoEAttributes.from_dict(routing | expert)
-    if weight_format != "dense":
+    inputs = (x, router_logits, w_in, w_out, b_in, b_out, w_in_scale, w_out_scale)
+    return _eager(dict(zip(INPUTS, inputs, strict=True)), MoEAttributes.from_dict(routing | expert))
+
+
+def _eager(inputs: dict[str, Tensor | None], attributes: MoEAttributes) -> Tensor:
+    """By PyTorch's own operations."""
+    if attributes.weight_format != "dense":
         raise GateworkError(
             "PyTorch runs gatework::MoE with dense weights only",
-            got=f"weight_format {weight_format}",
+            got=f"weight_format {attributes.weight_format}",
             fix="dequantise the weights first (gatework.plugins.moe.reference.dequantize)",
         )
-    inputs = (x, router_logits, w_in, w_out, b_in, b_out, w_in_scale, w_out_scale)
-    shapes = {name: None if value is None else value.shape for name, value in zip(INPUTS, inputs, strict=True)}
-    check_shapes(attributes, shapes)
+    check_shapes(attributes, {name: None if value is None else value.shape for name, value in inputs.items()})
+    x, router_logits, w_in, w_out, b_in, b_out, *_ = inputs.values()
+    assert x is not None and router_logits is not None and w_in is not None and w_out is not None
     return _experts(x, router_logits, w_in, w_out, b_in, b_out, attributes)
+
+
+@_moe.register_kernel("cuda")
+def _moe_cuda(*inputs: Tensor | None, **settings: Any) -> Tensor:
+    given, attributes = dict(zip(INPUTS, inputs, strict=True)), MoEAttributes.from_dict(settings)
+    x = given["x"]
+    assert x is not None
+    return _eager(given, attributes) if x.dtype == torch.float32 else _kernels(given, attributes)
+
+
+def _kernels(inputs: dict[str, Tensor | None], attributes: MoEAttributes) -> Tensor:
+    """By the GPU kernels, on the current stream. Once a call of these sizes was made, a CUDA graph captures it."""
+    sizes = check_shapes(attributes, {name: None if value is None else value.shape for name, value in inputs.items()})
+    given = {name: value for name, value in inputs.items() if value is not None}
+    x = given["x"]
+    expected = dict.fromkeys(INPUTS, x.dtype)
+    expected |= dict.fromkeys(("router_logits", "w_in_scale", "w_out_scale"), torch.float32)
+    expected |= dict.fromkeys(("w_in", "w_out"), STORED.get(attributes.weight_format, x.dtype))
+    for name, value in given.items():
+        if value.dtype != expected[name] or value.device != x.device:
+            got, want = f"{value.dtype} on {value.device}", f"{expected[name]} on {x.device}"
+            raise GateworkError(f"MoE input {name} has the wrong type or place", got=got, expected=want)
+        if not value.is_contiguous():
+            raise GateworkError(f"MoE input {name} is not contiguous", fix=f"pass {name}.contiguous()")
+    y, nbytes = torch.empty_like(x), layout(sizes, attributes, x.element_size()).total
+    workspace = torch.empty(nbytes, dtype=torch.uint8, device=x.device)
+    dtype: Literal["float16", "bfloat16"] = "float16" if x.dtype == torch.float16 else "bfloat16"
+    addresses = {name: value.data_ptr() for name, value in given.items()}
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    with torch.cuda.device(x.device):
+        call = Call(attributes, sizes, dtype, addresses, y.data_ptr(), workspace.data_ptr(), stream)
+        _launcher(x.device.index)(call)
+    return y
+
+
+@cache
+def _launcher(device: int) -> Launcher:
+    """For a device that is the current one."""
+    return Launcher(compiling=True)
 
 
 @_moe.register_fake

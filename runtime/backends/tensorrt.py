@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gatework.plugins.engine_format import KERNELS
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe.launcher import Launcher
 from gatework.plugins.moe.tensorrt import MoECreator, register
 from gatework.plugins.tensorrt_module import load_toolchain, process_logger
 from gatework.runtime.backends.device import Device
@@ -198,12 +200,15 @@ class TensorRTBackend:
 
 
 def attach_kernels(creator: MoECreator, engine: Engine) -> None:
-    """Give the plugin what launches its kernels, before a plan with it is loaded; dense models need none.
+    """Give the plugin the engine's kernels, before a plan with it is loaded; dense models need none.
 
-    This is the place where the cubins of the engine's kernels/ folder become `creator.launcher`.
+    One launcher serves all engines of a process, so kernels are added to those it has.
     """
-    if engine.model["moe"] is not None and creator.launcher is None:
-        raise GateworkError("this version of Gatework has no GPU kernels for gatework::MoE: the plan cannot run")
+    if engine.model["moe"] is None:
+        return
+    if not isinstance(creator.launcher, Launcher):
+        creator.launcher = Launcher()
+    creator.launcher.add(engine.path / KERNELS)
 
 
 def load_plan(trt: Any, creator: MoECreator, path: Path) -> Any:

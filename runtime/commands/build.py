@@ -22,7 +22,8 @@ _ABOUT = """
     ada, rtx50, h100, h200: these and fp8.
     cpu and cuda engines run on ONNX Runtime, cuda on any NVIDIA GPU from SM80 on, and are built on any machine.
     a100, ada and rtx50 are built by TensorRT-RTX on any machine, or by TensorRT on such a GPU; h100 and h200 by TensorRT
-    on such a GPU; int8 and fp8 of these need --calibration, and those of models with experts cannot be run by this version.
+    on such a GPU. int8 and fp8 of these need --calibration. Engines with experts hold their GPU kernels, compiled by Triton
+    on any machine (pip install 'gatework[triton]').
 """
 _EXAMPLES = """
     gatework build examples/tiny-mixtral --precision int8 --out engines/tiny
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         **settings,
     )
     if not args.quiet:
-        total = sum(file.stat().st_size for file in out.iterdir())
+        total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         seconds = time.perf_counter() - start
         print(f"built {out}: {args.precision} for {args.target}, {size(total)}, in {seconds:.1f} s")
     return 0
@@ -137,6 +138,7 @@ def _report(found: Preflight) -> None:
         ("layers", f"{config.num_layers}", f"{config.num_layers if config.moe else 0} MoE plugins"),
         ("plan", size(found.plan), "left out: stripped" if options.strip_weights else "dense weights, without kernels"),
         ("experts", size(found.experts), experts if config.moe else "none"),
+        ("kernels", f"{found.kernels}", "of the MoE operator, compiled by Triton" if found.kernels else "none"),
         ("KV cache", size(found.kv_cache), f"{options.max_batch} sequences of {options.max_seq:,} positions"),
         (
             "scratch",

@@ -157,9 +157,18 @@ def _engine_rows(config: ModelConfig, engine: dict[str, Any]) -> list[tuple[str,
         ),
         ("weights", f"{size(weights['total'])}, of which a decoded token reads {size(weights['per_token'])}"),
         ("KV cache when full", size(positions * config.kv_bytes_per_token(_value_bytes(engine)))),
-        ("files", ", ".join(f"{name} {size(nbytes)}" for name, nbytes in engine["files"].items())),
+        ("files", ", ".join(f"{name} {size(nbytes)}" for name, nbytes in _listed(engine["files"]).items())),
         ("built with", ", ".join(f"{tool} {version}" for tool, version in engine["toolchain"].items())),
     ]
+
+
+def _listed(files: dict[str, int]) -> dict[str, int]:
+    """Sizes by name, with all kernels as one."""
+    listed: dict[str, int] = {}
+    for name, nbytes in files.items():
+        folder, slash, _ = name.partition("/")
+        listed[folder + slash] = listed.get(folder + slash, 0) + nbytes
+    return listed
 
 
 def _kv_text(facts: dict[str, Any]) -> str:

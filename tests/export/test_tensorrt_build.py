@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,18 @@ from gatework.export.build import build_engine
 from gatework.export.calibrate import calibrate
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import ModelConfig
+from gatework.export.options import BuildOptions
 from gatework.export.sizes import gpu_weight_bytes
 from gatework.export.tensorrt.preflight import Preflight
+from gatework.export.uptodate import is_current
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import gpu_capability
+from gatework.plugins.moe.kernels import compile
+from gatework.plugins.moe.kernels.compile import load
+from gatework.plugins.moe.kernels.launches import launches
 from gatework.plugins.moe.reference import unpack_int4
+from gatework.plugins.moe.spec import MoEAttributes, MoESizes
+from gatework.runtime.cli import main
 from tests.checkpoints import make_checkpoint
 from tests.plan_text import compiled_products
 
@@ -36,6 +46,7 @@ pytestmark = pytest.mark.tensorrt
 MODELS = ["llama2", "mistral", "mixtral", "dbrx"]
 PAIRS = {"bf16": "a100", "int8": "a100", "int4": "a100", "fp8": "ada"}
 STORED = {"bf16": "BF16", "int8": "INT8", "int4": "INT4", "fp8": "FP8"}
+FORMATS: dict[str, Any] = {"bf16": ("dense", 0), "int8": ("int8", 0), "int4": ("int4", 128), "fp8": ("fp8_e4m3", 0)}
 COMPILED = {"bf16": "bf16", "int8": "int8", "int4": "bf16", "fp8": "fp8_e4m3"}
 
 
@@ -133,6 +144,66 @@ def test_experts_lie_beside_the_plan_in_the_operators_formats(engine: Path, chec
     }
     assert (abs(values * scale - stored) <= allowed[precision]).all()
     assert np.corrcoef((values * scale).ravel(), stored.ravel())[0, 1] > 0.98
+
+
+def test_kernels_for_every_step_lie_in_the_engine(engine: Path) -> None:
+    """Those that the launch table names for any number of tokens in the limits, and no others."""
+    manifest = manifest_of(engine)
+    stored = {name for name in manifest["files"] if name.startswith("kernels/")}
+    assert stored == {path.relative_to(engine).as_posix() for path in engine.glob("kernels/*")}
+    assert ("triton" in manifest["toolchain"]) == bool(stored) == (manifest["model"]["moe"] is not None)
+    if not stored:
+        return
+    sm, kernels = load(engine / "kernels")
+    assert sm == {"a100": 80, "ada": 89}[manifest["target"]]
+    shapes = {name: each["shape"] for name, each in manifest["tensors"].items() if name.startswith("layers.0.moe.w_")}
+    E, D, _ = shapes["layers.0.moe.w_out"]
+    I, K = shapes["layers.0.moe.w_in"][1] // 2, manifest["model"]["moe"]["top_k"]
+    weight_format, group = FORMATS[manifest["precision"]]
+    attributes = MoEAttributes(
+        top_k=K,
+        weight_format=weight_format,
+        group_size=group,
+        renormalize=manifest["model"]["moe"]["renormalize"],
+    )
+    used = {
+        launch.variant.name
+        for T in range(1, max(manifest["limits"]["prefill_chunk"], manifest["limits"]["max_batch"]) + 1)
+        for launch in launches(sm, MoESizes(T, D, E, I), attributes, "bfloat16")
+    }
+    assert set(kernels) == used
+
+
+def test_without_triton_experts_are_refused_before_any_work(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile, "find_spec", lambda name: None)
+    settings = {"target": "a100", "precision": "bf16", "max_seq": 32}
+    out = mixtral.parent / "without"
+    message = r"an engine with experts for a100 needs the kernels' compiler; got no triton; fix: pip install 'triton>="
+    with pytest.raises(GateworkError, match=message):
+        build_engine(mixtral, out, **settings)
+    assert not list(mixtral.parent.glob("*without*"))
+
+
+def test_another_triton_counts_as_a_change(mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"target": "a100", "precision": "bf16", "max_seq": 32}
+    engine = build_engine(mixtral, tmp_path / "engine", **settings)
+    assert is_current(mixtral, engine, BuildOptions(**settings))
+    assert [name.split(" ")[0] for name in _files_row(engine)] == [
+        "model.plan",
+        "layers.json",
+        "builder.log",
+        "kernels/",
+        "experts.safetensors",
+    ]
+    monkeypatch.setattr(compile, "version", lambda tool: "3.7.0")
+    assert not is_current(mixtral, engine, BuildOptions(**settings))
+
+
+def _files_row(engine: Path) -> list[str]:
+    with redirect_stdout(StringIO()) as text:
+        main(["inspect", str(engine)])
+    (row,) = re.findall(r"^files +(.*)", text.getvalue(), re.MULTILINE)
+    return row.split(", ")
 
 
 def test_a_plan_needs_no_checkpoint_but_cannot_run_here(engine: Path) -> None:

@@ -16,11 +16,10 @@ import ml_dtypes
 import numpy as np
 
 from gatework.plugins.moe.kernels.launches import launches
-from gatework.plugins.moe.spec import MoEAttributes, check_shapes
-from gatework.plugins.moe.workspace import ALIGNMENT, buffers, layout
+from gatework.plugins.moe.spec import MoEAttributes
 from tests.plugins.moe_cases import Array
+from tests.plugins.moe_memory import CallMemory
 
-GUARD = 64  # bytes behind every buffer that no kernel may touch
 ARRAYS = {"*fp16": "float16", "*bf16": "bfloat16", "*fp32": "float32", "*i32": "int32", "*i8": "int8", "*u8": "uint8"}
 ALL = ("route", "drop", "dispatch", "quantize", "gemm_in", "gemm_out", "combine")
 ARRAYS |= {"*fp8e4nv": "float8_e4m3fn"}
@@ -74,37 +73,12 @@ def interpret(
     dtype: Literal["float16", "bfloat16"],
     kernels: Container[str] = ALL,
 ) -> dict[str, Array]:
-    """y and the workspace's buffers, by name, after all launches of `kernels`.
-
-    Inputs are as in `moe_cases`; what is float32 there and not so by definition becomes `dtype`. Memory is filled
-    with NaN bytes first, what lies behind a buffer must not change, and neither must the inputs.
-    """
-    sizes = check_shapes(attributes, {name: value.shape for name, value in inputs.items()})
-    narrow = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    kept = ("router_logits", "w_in_scale", "w_out_scale")
-    arrays = {
-        name: value if name in kept or value.dtype != np.float32 else value.astype(narrow)
-        for name, value in inputs.items()
-    }
-    workspace = layout(sizes, attributes, narrow.itemsize)
-    memory = {name: _guarded(value) for name, value in arrays.items()}
-    memory |= {"y": np.full(sizes.T * sizes.D * narrow.itemsize + GUARD, 0xFF, np.uint8)}
-    scratch = np.full(workspace.total + GUARD, 0xFF, np.uint8)
-    memory |= {name: scratch[offset:] for name, offset in workspace.offsets.items()}
-    for launch in launches(sm, sizes, attributes, dtype, has_bias="b_in" in inputs):
+    """y and the workspace's buffers, by name, after all launches of `kernels`."""
+    memory = CallMemory(attributes, inputs, dtype)
+    for launch in launches(sm, memory.sizes, attributes, dtype, has_bias="b_in" in inputs):
         if launch.variant.kernel in kernels:
-            _run(launch, memory)
-
-    for name, block in (memory | {"scratch": scratch}).items():
-        if name not in workspace.offsets:
-            assert (block[-GUARD:] == 0xFF).all(), f"written beyond {name}"
-    for name, value in arrays.items():
-        assert memory[name][:-GUARD].tobytes() == value.tobytes(), f"{name} was changed"
-    return _views(memory, sizes, attributes, narrow)
-
-
-def _guarded(value: Array) -> Array:
-    return np.concatenate([np.frombuffer(value.tobytes(), np.uint8), np.full(GUARD, 0xFF, np.uint8)])
+            _run(launch, memory.buffers())
+    return memory.results()
 
 
 def _run(launch: Any, memory: dict[str, Array]) -> None:
@@ -123,16 +97,3 @@ def _run(launch: Any, memory: dict[str, Array]) -> None:
         dtype = types.get(ARRAYS[kind]) or getattr(torch, ARRAYS[kind])
         given[name] = block[: len(block) // dtype.itemsize * dtype.itemsize].view(dtype)
     KERNELS[launch.variant.kernel][launch.grid](**given)
-
-
-def _views(memory: dict[str, Array], sizes: Any, attributes: MoEAttributes, narrow: Any) -> dict[str, Array]:
-    codes = {"fp8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn), "int8": np.dtype(np.int8)}.get(attributes.weight_format)
-    dtypes = {"topk_ids": np.int32, "expert_offsets": np.int32, "token_order": np.int32, "hidden": narrow}
-    dtypes |= {"x_codes": codes, "hidden_codes": codes}
-    views = {"y": memory["y"][:-GUARD].view(narrow).reshape(sizes.T, sizes.D)}
-    for name, (shape, itemsize) in buffers(sizes, attributes, narrow.itemsize).items():
-        size = int(np.prod(shape)) * itemsize
-        flat, gap = memory[name][:size], memory[name][size : -(-size // ALIGNMENT) * ALIGNMENT]
-        assert (gap == 0xFF).all(), f"written beyond {name}"
-        views[name] = flat.view(dtypes.get(name, np.float32)).reshape(shape)
-    return views

@@ -3,135 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Executor
-from itertools import cycle, pairwise, product
-from typing import Any, Literal
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from gatework.plugins.moe import reference
-from gatework.plugins.moe.spec import CHOICES, MoEAttributes
-from tests.plugins.moe_cases import Array, assert_close, label, random_inputs
+from gatework.plugins.moe.spec import MoEAttributes
+from tests.plugins.moe_cases import assert_close, label, random_inputs
+from tests.plugins.moe_checks import ARITHMETIC, FORMATS, LOADS, ROUTINGS, SCORES, Dtype, Run, check, check_routing
 from tests.plugins.moe_interpreter import interpret, interpreter
-
-Dtype = Literal["float16", "bfloat16"]
-NUMPY: dict[str, Any] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-# Scores differ from the definition's in the order of float32 sums over at most 64 experts and in exp's last bits.
-SCORES = 1e-6
-# One rounding to the dtype: half a unit in the last place of a significand of 11 or 8 bits, and as much for float32's order.
-ROUNDED = {"float16": 2**-11 + 1e-5, "bfloat16": 2**-8 + 1e-5}
-# float32 sums of up to 100 products against float64.
-SUMS = 1e-5
-# ||y - definition|| / ||definition||: three roundings to the dtype at most. 8-bit x and hidden bring errors of their own,
-# in int8 of half a step of 1/127 of a row's largest; in fp8 of 2.6 % (4 bits of significand) in x, which a gate feels
-# twice, and in hidden: sqrt(2 * 2.6^2 + 2.6^2) = 4.5 %. The checks by stage show that the kernels add nothing to them.
-NORM = {"float16": 1e-3, "bfloat16": 1e-2, "int8": 2e-2, "fp8_e4m3": 4.5e-2}
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[Executor]:
+def run() -> Iterator[Run]:
     with interpreter() as executor:
-        yield executor
-
-
-def check(
-    pool: Executor, attributes: MoEAttributes, inputs: dict[str, Array], dtype: Dtype, sm: int = 90
-) -> dict[str, Array]:
-    """Each stage against NumPy on what the stage before it wrote, then y against the definition."""
-    got = pool.submit(interpret, sm, attributes, inputs, dtype).result()
-    check_routing(got, inputs["router_logits"], attributes)
-    wide = ("router_logits", "w_in_scale", "w_out_scale")
-    narrow = {
-        name: value.astype(NUMPY[dtype]) if value.dtype == np.float32 and name not in wide else value
-        for name, value in inputs.items()
-    }
-    coded = attributes.weight_format in ("int8", "fp8_e4m3") and not attributes.group_size and len(inputs["x"]) > 16
-    # Weights with a scale for each group may be rounded to the dtype before they are multiplied.
-    sums = ROUNDED[dtype] if attributes.group_size else SUMS
-
-    x = dequantised(got, "x", narrow["x"], attributes) if coded else narrow["x"].astype(np.float64)
-    tokens = got["token_order"] // attributes.top_k
-    u = grouped(x[tokens], got["expert_offsets"], narrow, "in", attributes)
-    assert_close(got["hidden"], reference.expert_activation(u, attributes), sums + ROUNDED[dtype])
-
-    hidden = got["hidden"].astype(np.float64)
-    if coded:
-        hidden = dequantised(got, "hidden", got["hidden"], attributes)
-    out = grouped(hidden, got["expert_offsets"], narrow, "out", attributes)
-    assert_close(got["expert_out"][got["token_order"]], out, sums)
-
-    choices = got["expert_out"].reshape(*got["topk_ids"].shape, -1)
-    y = (got["topk_weights"][..., None] * choices.astype(np.float64)).sum(axis=1)
-    assert_close(got["y"], y, ROUNDED[dtype])
-
-    want = reference.moe(attributes=attributes, **narrow)
-    error = np.linalg.norm(got["y"].astype(np.float64) - want) / np.linalg.norm(want)
-    assert error <= NORM[attributes.weight_format if coded else dtype], error
-    return got
-
-
-def check_routing(got: dict[str, Array], logits: Array, attributes: MoEAttributes) -> None:
-    ids, weights = reference.route(logits, attributes)
-    np.testing.assert_array_equal(got["topk_ids"], ids)
-    np.testing.assert_array_equal(got["topk_weights"] == 0, weights == 0)
-    assert_close(got["topk_weights"], weights, SCORES)
-    np.testing.assert_array_equal(got["token_order"], np.argsort(ids.ravel(), kind="stable"))
-    counts = np.bincount(ids.ravel(), minlength=logits.shape[1])
-    np.testing.assert_array_equal(got["expert_offsets"], np.concatenate([[0], np.cumsum(counts)]))
-
-
-def dequantised(got: dict[str, Array], name: str, values: Array, attributes: MoEAttributes) -> Array:
-    """code * scale, after a look at both: the largest of a row meets the format's, all are within half a step."""
-    codes, scale = got[f"{name}_codes"], got[f"{name}_scale"].astype(np.float64)[:, None]
-    largest = {"int8": 127, "fp8_e4m3": 448}[attributes.weight_format]
-    values = values.astype(np.float64)
-    np.testing.assert_allclose(scale[:, 0] * largest, np.abs(values).max(axis=1), rtol=1e-6)
-    exact = values / scale
-    # fp8 has 3 bits behind the point of a normal number, and steps of 2^-9 below 2^-6.
-    step = 1.0 if largest == 127 else np.exp2(np.floor(np.log2(np.maximum(np.abs(exact), 2.0**-6))) - 3)
-    assert (np.abs(codes.astype(np.float64) - exact) <= step / 2 * (1 + 1e-4)).all()
-    return codes.astype(np.float64) * scale
-
-
-def grouped(a: Array, offsets: Array, inputs: dict[str, Array], side: str, attributes: MoEAttributes) -> Array:
-    """Each row's product with its expert's w_in or w_out, plus the bias, in float64."""
-    w, scale, bias = inputs[f"w_{side}"], inputs.get(f"w_{side}_scale"), inputs.get(f"b_{side}")
-    w = reference.dequantize(w, scale, attributes, columns=a.shape[1], dtype=np.float64)
-    rows = [a[start:end] @ w[e].T for e, (start, end) in enumerate(pairwise(offsets))]
-    if bias is not None:
-        rows = [each + bias[e].astype(np.float64) for e, each in enumerate(rows)]
-    return np.concatenate(rows)
-
-
-ROUTINGS = list(product(CHOICES["scoring"], (True, False), (0.0, 0.7)))
-ARITHMETIC = [
-    MoEAttributes(
-        top_k=3, glu=glu, activation=activation, scoring=scoring, renormalize=renormalize, capacity_factor=factor
-    )
-    for (glu, activation), (scoring, renormalize, factor) in zip(
-        product(CHOICES["glu"], CHOICES["activation"]), cycle(ROUTINGS), strict=False
-    )
-]
+        yield lambda *arguments: executor.submit(interpret, *arguments).result()
 
 
 @pytest.mark.parametrize("attributes", ARITHMETIC, ids=label)
-def test_arithmetic(pool: Executor, attributes: MoEAttributes) -> None:
+def test_arithmetic(run: Run, attributes: MoEAttributes) -> None:
     """Every gate and activation, over all ways to route, with biases; sizes that no tile divides."""
-    check(pool, attributes, random_inputs(attributes, 33, D=50, I=37, bias=True), "float16")
-
-
-FORMATS = [
-    ("dense", 0),
-    ("int8", 0),
-    ("int8", 16),
-    ("int4", 0),
-    ("int4", 32),
-    ("int4", 8),
-    ("fp8_e4m3", 0),
-    ("fp8_e4m3", 64),
-]
+    check(run, attributes, random_inputs(attributes, 33, D=50, I=37, bias=True), "float16")
 
 
 @pytest.mark.parametrize(
@@ -139,39 +32,57 @@ FORMATS = [
     [("bfloat16", 1), ("bfloat16", 16), ("bfloat16", 33), ("bfloat16", 65), ("float16", 5), ("float16", 65)],
 )
 @pytest.mark.parametrize(("weight_format", "group_size"), FORMATS)
-def test_formats(pool: Executor, dtype: Dtype, weight_format: Any, group_size: int, T: int) -> None:
+def test_formats(run: Run, dtype: Dtype, weight_format: Any, group_size: int, T: int) -> None:
     """All kinds of tiles: 3 choices among 3 experts make 65 tokens many."""
     attributes = MoEAttributes(top_k=3, weight_format=weight_format, group_size=group_size)
-    check(pool, attributes, random_inputs(attributes, T, E=3, D=75, I=70), dtype)
+    check(run, attributes, random_inputs(attributes, T, E=3, D=75, I=70), dtype)
 
 
 @pytest.mark.parametrize(("T", "E", "K"), [(1, 20, 20), (16, 16, 8), (33, 3, 1), (5, 7, 7)])
-def test_loads(pool: Executor, T: int, E: int, K: int) -> None:
+def test_loads(run: Run, T: int, E: int, K: int) -> None:
     """Two bands of row tiles, the second not full; experts without a token; columns that fill their tiles; sm_80."""
     attributes = MoEAttributes(top_k=K)
     inputs = random_inputs(attributes, T, E=E, D=64, I=96)
     inputs["router_logits"][:, 1] += 20
     if K < E:
         inputs["router_logits"][:, 0] -= 40
-    offsets = check(pool, attributes, inputs, "float16", sm=80)["expert_offsets"]
+    offsets = check(run, attributes, inputs, "float16", sm=80)["expert_offsets"]
     loads = np.diff(offsets)
     assert loads[1] == T
     assert (loads == 0).any() == (K < E)
 
 
-def test_all_tokens_to_one_expert(pool: Executor) -> None:
+def test_all_tokens_to_one_expert(run: Run) -> None:
     attributes = MoEAttributes(top_k=1, weight_format="int8")
     inputs = random_inputs(attributes, 200, E=3, D=40, I=24, bias=True)
     inputs["router_logits"][:, 2] += 40
-    offsets = check(pool, attributes, inputs, "bfloat16")["expert_offsets"]
+    offsets = check(run, attributes, inputs, "bfloat16")["expert_offsets"]
     assert offsets.tolist() == [0, 0, 0, 200]
 
 
-def test_rows_of_zeros(pool: Executor) -> None:
+@pytest.mark.parametrize(
+    ("T", "E", "K", "D", "I", "skewed", "weight_format"),
+    [
+        (*load, each)
+        for load, each in zip([*LOADS, *LOADS[:2]], ["int8", "fp8_e4m3", "dense", "int4", "int4", "int8"], strict=False)
+    ],
+)
+def test_many_experts_and_odd_sizes(
+    run: Run, T: int, E: int, K: int, D: int, I: int, skewed: bool, weight_format: Any
+) -> None:
+    attributes = MoEAttributes(top_k=K, weight_format=weight_format)
+    inputs = random_inputs(attributes, T, E=E, D=D, I=I, bias=True)
+    if skewed:
+        inputs["router_logits"][:, 1] += 40
+    loads = np.diff(check(run, attributes, inputs, "bfloat16")["expert_offsets"])
+    assert not skewed or loads[1] == T
+
+
+def test_rows_of_zeros(run: Run) -> None:
     attributes = MoEAttributes(top_k=2, weight_format="int8")
     inputs = random_inputs(attributes, 17, D=40, I=24)
     inputs["x"][3] = 0
-    got = pool.submit(interpret, 90, attributes, inputs, "float16").result()
+    got = run(90, attributes, inputs, "float16")
     assert not got["y"][3].any()
     assert np.isfinite(got["y"].astype(np.float32)).all()
 
@@ -183,22 +94,22 @@ SIZES = [(1, 3, 1), (2, 8, 8), (5, 4, 2), (33, 5, 3), (257, 64, 6)]
     ("sizes", "routing", "ties"),
     list(zip(SIZES * 4, ROUTINGS * 3, [True] * 10 + [False] * 10, strict=False)),
 )
-def test_routing(pool: Executor, sizes: tuple[int, int, int], routing: tuple[Any, bool, float], ties: bool) -> None:
+def test_routing(run: Run, sizes: tuple[int, int, int], routing: tuple[Any, bool, float], ties: bool) -> None:
     (T, E, K), (scoring, renormalize, factor) = sizes, routing
     attributes = MoEAttributes(top_k=K, scoring=scoring, renormalize=renormalize, capacity_factor=factor)
     inputs = random_inputs(attributes, T, E=E, D=1, I=1)
     if ties:
         inputs["router_logits"] = np.rint(inputs["router_logits"])
-    got = pool.submit(interpret, 90, attributes, inputs, "float16", ("route", "drop", "dispatch")).result()
+    got = run(90, attributes, inputs, "float16", ("route", "drop", "dispatch"))
     check_routing(got, inputs["router_logits"], attributes)
 
 
-def test_routing_of_extreme_logits(pool: Executor) -> None:
+def test_routing_of_extreme_logits(run: Run) -> None:
     """Infinities rank by index among themselves; a NaN stays in its own token and in range."""
     logits = np.array([[-np.inf, 1, -np.inf, -np.inf], [88, -104, 3e38, -3e38], [np.nan, 1, np.nan, 2]], np.float32)
     attributes = MoEAttributes(top_k=3)
     inputs = random_inputs(attributes, 3, E=4) | {"router_logits": logits}
-    got = pool.submit(interpret, 90, attributes, inputs, "float16", ("route",)).result()
+    got = run(90, attributes, inputs, "float16", ("route",))
     with np.errstate(over="ignore"):
         ids, weights = reference.route(logits, attributes)
     np.testing.assert_array_equal(got["topk_ids"], ids)

@@ -140,9 +140,15 @@ def test_capacity_is_the_definition() -> None:
 @pytest.mark.parametrize(
     ("sm", "dtype", "weight_format", "width", "message"),
     [
-        (75, "float16", "dense", 64, "no MoE kernels for this GPU; got sm_75; expected sm_80 or sm_90"),
+        (
+            75,
+            "float16",
+            "dense",
+            64,
+            "no MoE kernels for this GPU; got sm_75; expected sm_80 or sm_89 or sm_90 or sm_120",
+        ),
         (90, "float32", "dense", 64, "no such activations; got float32; expected float16 or bfloat16"),
-        (80, "float16", "fp8_e4m3", 64, "fp8 experts need sm_90"),
+        (80, "float16", "fp8_e4m3", 64, "fp8 experts need sm_89 or newer; got sm_80"),
         (80, "float16", "dense", 2**26, "too large for 32-bit indices"),
     ],
 )

@@ -12,8 +12,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe.launcher import Call
 from gatework.plugins.moe.spec import INPUTS, MoEAttributes, MoESizes
-from gatework.plugins.moe.tensorrt import NODE_ATTRIBUTES, Call, MoECreator, input_names, register
+from gatework.plugins.moe.tensorrt import NODE_ATTRIBUTES, MoECreator, input_names, register
 from gatework.plugins.moe.workspace import layout
 from gatework.plugins.tensorrt_module import load_toolchain
 
@@ -256,7 +257,7 @@ def run(plugin: Any, half: bool) -> None:
 
 def test_without_kernels_running_fails(creator: MoECreator) -> None:
     plugin = create(creator, top_k=2)
-    match = "^moe: this version of Gatework has no GPU kernels"
+    match = "^moe: the plugin gatework::MoE has no kernels to launch"
     with pytest.raises(GateworkError, match=match), creator.raising_errors():
         run(plugin, half=True)
 

@@ -48,9 +48,12 @@ def test_mixtral_by_hand() -> None:
         "hidden_codes": 754944,  # 16 x 14336
         "hidden_scale": 984320,  # 16 x 4
     }
-    for weight_format in ("fp8_e4m3", "int8"):
-        workspace = layout(mixtral(8), MoEAttributes(top_k=2, weight_format=weight_format), 2)  # type: ignore[arg-type]
-        assert (workspace.offsets, workspace.total) == (offsets | quantised, 984576)
+    int8 = layout(mixtral(8), MoEAttributes(top_k=2, weight_format="int8"), 2)
+    assert (int8.offsets, int8.total) == (offsets | quantised, 984576)
+    twice = 16 * 14336  # fp8 has two codes for each number of hidden
+    fp8 = layout(mixtral(8), MoEAttributes(top_k=2, weight_format="fp8_e4m3"), 2)
+    assert fp8.offsets == offsets | quantised | {"hidden_scale": 984320 + twice}
+    assert fp8.total == 984576 + twice
 
 
 def test_sizes_beyond_32_bits() -> None:

@@ -82,6 +82,12 @@ def test_truncated_and_missing_files(engine: Path) -> None:
         (lambda m: m.update(limits={"max_seq": 4}), "limits"),
         (lambda m: m["limits"].update(max_seq="4"), "limits are not known"),
         (lambda m: m["files"].update({"../outside": {"size": 1, "sha256": ""}}), "plain file name"),
+        (
+            lambda m: m["files"].update({"kernels/../x": {"size": 1, "sha256": ""}}),
+            "names 'kernels/../x', which is not",
+        ),
+        (lambda m: m["files"].update({"other/x": {"size": 1, "sha256": ""}}), "names 'other/x', which is not"),
+        (lambda m: m["files"].update({"kernels/x": {"size": 1, "sha256": ""}}), "kernels/x is damaged: it is missing"),
         (lambda m: m["files"].update({"model.onnx": 5}), "size and SHA-256"),
         (lambda m: m["files"]["model.onnx"].update(sha256="0"), "altered"),
     ],

@@ -118,7 +118,7 @@ def test_what_is_copied_holds_every_tensor(tmp_path: Path) -> None:
 def test_written_experts_are_aligned_on_the_device(engine: Path) -> None:
     places = read_places(engine / "experts.safetensors")
     start, _ = span(places)
-    assert len(places) == 8
+    assert sum(not name.startswith("__pad") for name in places) == 8
     assert start % 4096 == 0
     assert all((place.start - start) % 4096 == 0 for place in places.values())
 

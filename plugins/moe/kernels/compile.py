@@ -2,7 +2,7 @@
 
 compiled = compile_variant(variant, sm=90)
 save(directory, sm, variants)              DIRECTORY/<variant.name>.cubin each, and DIRECTORY/kernels.json
-load(directory)                            what `save` wrote, by variant name; no Triton
+load(directory)                            what `save` wrote: sm, and the kernels by variant name; no Triton
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.kernels.launches import Variant
 
 INDEX = "kernels.json"
+REQUIREMENT = "triton>=3.7,<3.8"
 # Triton adds two addresses at the end: its scratch memory and its profiler's. These kernels use neither: pass 0.
 HIDDEN = (("global_scratch", "*u8"), ("profile_scratch", "*u8"))
 
@@ -49,6 +53,14 @@ class Compiled:
     @property
     def block(self) -> tuple[int, int, int]:
         return (32 * self.num_warps, 1, 1)
+
+
+def require_triton(what: str) -> str:
+    """Triton's version; GateworkError where it is not installed."""
+    if find_spec("triton") is None:
+        fix = f"pip install '{REQUIREMENT}'"
+        raise GateworkError(f"{what} needs the kernels' compiler", got="no triton", fix=fix)
+    return version("triton")
 
 
 def compile_variant(variant: Variant, sm: int) -> Compiled:
@@ -109,26 +121,32 @@ def _resources(cubin: bytes, entry: str) -> tuple[int, int]:
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
-def save(directory: Path, sm: int, variants: Iterable[Variant]) -> None:
-    """Compile and write; the same variants give the same index."""
-    import triton
-
+def save(directory: Path, sm: int, variants: Iterable[Variant]) -> list[str]:
+    """Compile and write; returns the names of the files. The same variants give the same index."""
     directory.mkdir(parents=True, exist_ok=True)
     index = []
     for variant in variants:
         entry = asdict(compile_variant(variant, sm))
-        (directory / f"{variant.name}.cubin").write_bytes(entry.pop("cubin"))
-        index.append(entry)
-    (directory / INDEX).write_text(
-        json.dumps({"sm": sm, "triton": triton.__version__, "kernels": index}, indent=1) + "\n"
-    )
+        cubin = entry.pop("cubin")
+        (directory / f"{variant.name}.cubin").write_bytes(cubin)
+        index.append(entry | {"sha256": sha256(cubin).hexdigest()})
+    about = {"sm": sm, "triton": require_triton("this"), "kernels": index}
+    (directory / INDEX).write_text(json.dumps(about, indent=1) + "\n")
+    return [INDEX, *(f"{entry['name']}.cubin" for entry in index)]
 
 
-def load(directory: Path) -> dict[str, Compiled]:
-    """Compiled kernels by `Variant.name`."""
-    found = {}
-    for entry in json.loads((directory / INDEX).read_text())["kernels"]:
-        cubin = (directory / f"{entry['name']}.cubin").read_bytes()
-        arguments = tuple((name, kind) for name, kind in entry.pop("arguments"))
-        found[entry["name"]] = Compiled(**entry, arguments=arguments, cubin=cubin)
-    return found
+def load(directory: Path) -> tuple[int, dict[str, Compiled]]:
+    """Compute capability (90) and compiled kernels by `Variant.name`; GateworkError for an altered or missing file."""
+    found, file = {}, directory / INDEX
+    try:
+        about = json.loads(file.read_text())
+        for entry in about["kernels"]:
+            file = directory / f"{entry['name']}.cubin"
+            cubin, digest = file.read_bytes(), entry.pop("sha256")
+            if sha256(cubin).hexdigest() != digest:
+                raise ValueError
+            arguments = tuple((name, kind) for name, kind in entry.pop("arguments"))
+            found[entry["name"]] = Compiled(**entry, arguments=arguments, cubin=cubin)
+        return about["sm"], found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GateworkError(f"{file} is damaged or missing", fix="build the engine again") from error

@@ -78,15 +78,18 @@ def gemm_in(
     for k in range(0, D, BK):
         ks = k + tl.arange(0, BK)
         a = load_columns(x + tokens[:, None] * D + ks[None, :], rows_real[:, None], ks, D, D % BK == 0)
-        total_0 = multiply(total_0, a, w, scale, columns, columns_real, k, D, SCALING, GROUP, NIBBLES, CODES, BN, BK)
+        total_0 = multiply(
+            total_0, a, None, w, scale, columns, columns_real, k, D, SCALING, GROUP, NIBBLES, CODES, BN, BK
+        )
         if G > 1:
             total_1 = multiply(
-                total_1, a, w, scale, columns + I, columns_real, k, D, SCALING, GROUP, NIBBLES, CODES, BN, BK
+                total_1, a, None, w, scale, columns + I, columns_real, k, D, SCALING, GROUP, NIBBLES, CODES, BN, BK
             )
         if G > 2:
             total_2 = multiply(
                 total_2,
                 a,
+                None,
                 w,
                 scale,
                 columns + 2 * I,

@@ -11,7 +11,7 @@ from gatework.plugins.moe.kernels.tile import finish, load_columns, multiply, no
 
 @triton.jit
 def gemm_out(
-    hidden,  # [T*K, I], or its codes
+    hidden,  # [T*K, I], or its codes [T*K, PARTS, I], which add up
     hidden_scale,  # [T*K] float32, or None
     w_out,  # [E, D, I], int4 [E, D, ceil(I / 2)]
     w_out_scale,  # [E, D, groups] float32, or None
@@ -27,6 +27,7 @@ def gemm_out(
     GROUP: tl.constexpr,
     NIBBLES: tl.constexpr,
     CODES: tl.constexpr,
+    PARTS: tl.constexpr,
     BE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -53,9 +54,12 @@ def gemm_out(
     total = no_total(BM, BN, CODES)
     for k in range(0, I, BK):
         ks = k + tl.arange(0, BK)
-        cells = rows.to(tl.int64)[:, None] * I + ks[None, :]
+        cells = rows.to(tl.int64)[:, None] * (PARTS * I) + ks[None, :]
         a = load_columns(hidden + cells, rows_real[:, None], ks, I, I % BK == 0)
-        total = multiply(total, a, w, scale, columns, columns_real, k, I, SCALING, GROUP, NIBBLES, CODES, BN, BK)
+        rest = None
+        if PARTS == 2:
+            rest = load_columns(hidden + cells + I, rows_real[:, None], ks, I, I % BK == 0)
+        total = multiply(total, a, rest, w, scale, columns, columns_real, k, I, SCALING, GROUP, NIBBLES, CODES, BN, BK)
 
     a_scales = None
     if hidden_scale is not None:

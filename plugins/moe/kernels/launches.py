@@ -12,6 +12,7 @@ the buffers in the workspace (`workspace`) and of `y`, by these names, and 32-bi
     many tokens              tiles of 64 rows, or of 128 where experts have so many on average
 
 Above 16 tokens, int8 and fp8 weights with one scale per row are multiplied by x in 8 bits, with a scale per token.
+Tiles were chosen for sm_80 and sm_90; sm_89 and sm_120, with 99 KiB per block, use those of sm_80.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from typing import Literal, NamedTuple
 
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import MoEAttributes, MoESizes
+from gatework.plugins.moe.workspace import HIDDEN_CODES
 
-SMS = (80, 90)
+SMS = (80, 89, 90, 120)
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16"}  # x's dtype, as Triton writes pointers to it
 STORED = {"fp8_e4m3": "*fp8e4nv", "int8": "*i8", "int4": "*u8"}
 LARGEST = {"fp8_e4m3": 448.0, "int8": 127.0}
 FEW, SOME = 16, 64
-MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
+MOST_SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes that a block may have
 MOST_CHOICES = 2**31 - 1
 
 Constant = int | float | str | bool | None
@@ -95,6 +97,11 @@ class Setting(NamedTuple):
         return self.attributes.weight_format in LARGEST and not self.attributes.group_size and self.sizes.T > FEW
 
     @property
+    def parts(self) -> int:
+        """Codes that add up to one number of hidden."""
+        return HIDDEN_CODES[self.attributes.weight_format] if self.in_codes else 1
+
+    @property
     def code_pointer(self) -> str:
         return STORED[self.attributes.weight_format]
 
@@ -117,10 +124,10 @@ def launches(
         listed.append(_drop(setting))
     listed.append(_dispatch(setting))
     if setting.in_codes:
-        listed.append(_quantize(setting, "x", sizes.T, sizes.D))
+        listed.append(_quantize(setting, "x", sizes.T, sizes.D, 1))
     listed.append(_gemm_in(setting))
     if setting.in_codes:
-        listed.append(_quantize(setting, "hidden", setting.choices, sizes.I))
+        listed.append(_quantize(setting, "hidden", setting.choices, sizes.I, setting.parts))
     return (*listed, _gemm_out(setting), _combine(setting))
 
 
@@ -144,8 +151,10 @@ def _check(setting: Setting) -> None:
         raise GateworkError("no MoE kernels for this GPU", got=f"sm_{sm}", expected=" or ".join(f"sm_{n}" for n in SMS))
     if dtype not in POINTERS:
         raise GateworkError("MoE kernels have no such activations", got=dtype, expected=" or ".join(POINTERS))
-    if attributes.weight_format == "fp8_e4m3" and sm < 90:
-        raise GateworkError("fp8 experts need sm_90", got=f"sm_{sm}", fix="choose precision int8 or int4 for this GPU")
+    if attributes.weight_format == "fp8_e4m3" and sm < 89:
+        raise GateworkError(
+            "fp8 experts need sm_89 or newer", got=f"sm_{sm}", fix="choose precision int8 or int4 for this GPU"
+        )
     if max(setting.choices, attributes.w_in_rows(sizes.I) * sizes.D) > MOST_CHOICES:
         raise GateworkError("the MoE call is too large for 32-bit indices", got=sizes, expected="T*K, G*I*D < 2^31")
 
@@ -210,7 +219,7 @@ def _dispatch(setting: Setting) -> Launch:
     return _launch("dispatch", (setting.sizes.E,), arguments, {"E": setting.sizes.E, "BC": BC}, 1 if BC == 64 else 4)
 
 
-def _quantize(setting: Setting, name: str, rows: int, columns: int) -> Launch:
+def _quantize(setting: Setting, name: str, rows: int, columns: int, parts: int) -> Launch:
     arguments: dict[str, tuple[str, str | int] | None] = {
         "values": (POINTERS[setting.dtype], name),
         "codes": (setting.code_pointer, f"{name}_codes"),
@@ -220,7 +229,8 @@ def _quantize(setting: Setting, name: str, rows: int, columns: int) -> Launch:
     BC = min(_power_of_2(columns), 2048)
     BR = 2048 // BC
     constants: dict[str, Constant] = {"COLUMNS": columns, "LARGEST": LARGEST[setting.attributes.weight_format]}
-    return _launch("quantize", (_ceil(rows, BR),), arguments, constants | {"BR": BR, "BC": BC}, num_warps=8)
+    constants |= {"PARTS": parts, "BR": BR, "BC": BC}
+    return _launch("quantize", (_ceil(rows, BR),), arguments, constants, num_warps=8)
 
 
 def _gemm_in(setting: Setting) -> Launch:
@@ -238,7 +248,7 @@ def _gemm_out(setting: Setting) -> Launch:
     sizes = setting.sizes
     tile = _tile(setting, 1)
     arguments = _gemm_arguments(setting, "hidden", "w_out", "b_out", "expert_out", "*fp32", tile)
-    constants: dict[str, Constant] = {"E": sizes.E, "D": sizes.D, "I": sizes.I}
+    constants: dict[str, Constant] = {"E": sizes.E, "D": sizes.D, "I": sizes.I, "PARTS": setting.parts}
     grid = (_row_tiles(setting, tile.BM) * _ceil(sizes.D, tile.BN),)
     constants |= _gemm_constants(setting, tile, sizes.I)
     return _launch("gemm_out", grid, arguments, constants, tile.num_warps, tile.num_stages)
@@ -302,7 +312,7 @@ def _tile(setting: Setting, matrices: int) -> Tile:
         return Tile(64, 64 if matrices < 3 else 32, BK, 4, 3)
     # Groups' partial sums, and fp8's, take as many registers again as the sums.
     most = 1 if setting.in_codes and attributes.weight_format == "fp8_e4m3" else 0 if attributes.group_size else 2
-    wide = setting.sm >= 90 and matrices <= most
+    wide = setting.sm == 90 and matrices <= most
     return Tile(128, 128 if wide else 64, BK, 8, 3)
 
 

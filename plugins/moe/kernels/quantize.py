@@ -1,6 +1,7 @@
 """Activations in 8 bits, one scale per row:  scale = max |x| / LARGEST,  code = x / scale, to the nearest, ties to even.
 
-LARGEST is 127 for int8 and 448 for float8_e4m3fn. A row of zeros has codes 0.
+LARGEST is 127 for int8 and 448 for float8_e4m3fn. A row of zeros has codes 0. With PARTS 2 a second code follows the row's
+codes, of what they left: rest = x / scale - code, on the same scale.
 """
 
 import triton
@@ -10,11 +11,12 @@ import triton.language as tl
 @triton.jit
 def quantize(
     values,  # [rows, COLUMNS]
-    codes,  # [rows, COLUMNS] int8 or float8_e4m3fn
+    codes,  # [rows, PARTS, COLUMNS] int8 or float8_e4m3fn
     scales,  # [rows] float32
     rows,
     COLUMNS: tl.constexpr,
     LARGEST: tl.constexpr,
+    PARTS: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -37,4 +39,8 @@ def quantize(
         q = tl.minimum(tl.maximum(x / scale[:, None], -LARGEST), LARGEST)
         if codes.dtype.element_ty == tl.int8:
             q = (q + 12582912.0) - 12582912.0  # 1.5 * 2^23: float32 keeps no fraction there
-        tl.store(codes + starts + columns[None, :], q.to(codes.dtype.element_ty), mask=real)
+        code = q.to(codes.dtype.element_ty)
+        cells = codes + starts * PARTS + columns[None, :]
+        tl.store(cells, code, mask=real)
+        if PARTS == 2:
+            tl.store(cells + COLUMNS, (q - code.to(tl.float32)).to(codes.dtype.element_ty), mask=real)

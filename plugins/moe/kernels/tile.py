@@ -55,6 +55,7 @@ def load_columns(pointers, rows_real, columns, COLUMNS: tl.constexpr, EVEN: tl.c
 def multiply(
     total,  # [BM, BN] float32, or int32 with int8 codes
     a,  # [BM, BK]
+    rest,  # [BM, BK], the second codes of a; or None
     w,  # the expert's first row: [rows, COLUMNS], int4 [rows, ceil(COLUMNS / 2)]
     w_scale,  # the expert's first row: [rows, groups]
     rows,  # [BN]
@@ -68,7 +69,7 @@ def multiply(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """total + a's product with the weights' columns k to k + BK. Where they end early, a is 0."""
+    """total + the product of a (+ rest) with the weights' columns k to k + BK. Where they end early, a is 0."""
     GROUPS: tl.constexpr = (COLUMNS + GROUP - 1) // GROUP
     EVEN: tl.constexpr = COLUMNS % BK == 0
     real = rows_real[:, None]
@@ -97,6 +98,8 @@ def multiply(
     elif CODES == "fp8":
         # Hopper adds fp8 products in fewer bits than float32 has: at most BK of them.
         total = tl.dot(a, q.T, total, max_num_imprecise_acc=BK)
+        if rest is not None:
+            total = tl.dot(rest, q.T, total, max_num_imprecise_acc=BK)
     else:
         total = tl.dot(a, q.T, total)
     return total

@@ -1,0 +1,133 @@
+"""The cases and checks of the GPU kernels, for whatever runs them: Triton's interpreter or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle, pairwise, product
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from gatework.plugins.moe import reference
+from gatework.plugins.moe.spec import CHOICES, MoEAttributes
+from tests.plugins.moe_cases import Array, assert_close
+
+Dtype = Literal["float16", "bfloat16"]
+# sm, attributes, inputs, dtype -> y and the buffers of the workspace
+Run = Callable[..., dict[str, Array]]
+NUMPY: dict[str, Any] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+# Scores differ from the definition's in the order of float32 sums over at most 64 experts and in exp's last bits.
+SCORES = 1e-6
+# One rounding to the dtype: half a unit in the last place of a significand of 11 or 8 bits, and as much for float32's order.
+ROUNDED = {"float16": 2**-11 + 1e-5, "bfloat16": 2**-8 + 1e-5}
+# float32 sums of up to 100 products against float64.
+SUMS = 1e-5
+# ||y - definition|| / ||definition||: three roundings to the dtype at most. 8-bit x and hidden bring errors of their own,
+# in int8 of half a step of 1/127 of a row's largest; in fp8 of 2.6 % (4 bits of significand) in x, which a gate feels
+# twice: sqrt(2) * 2.6 = 3.7 %, up to 3.9 % with silu's slope. The checks by stage show that the kernels add nothing to them.
+NORM = {"float16": 1e-3, "bfloat16": 1e-2, "int8": 2e-2, "fp8_e4m3": 4e-2}
+
+
+def check(
+    run: Run, attributes: MoEAttributes, inputs: dict[str, Array], dtype: Dtype, sm: int = 90
+) -> dict[str, Array]:
+    """Each stage against NumPy on what the stage before it wrote, then y against the definition."""
+    got = run(sm, attributes, inputs, dtype)
+    check_routing(got, inputs["router_logits"], attributes)
+    wide = ("router_logits", "w_in_scale", "w_out_scale")
+    narrow = {
+        name: value.astype(NUMPY[dtype]) if value.dtype == np.float32 and name not in wide else value
+        for name, value in inputs.items()
+    }
+    coded = attributes.weight_format in ("int8", "fp8_e4m3") and not attributes.group_size and len(inputs["x"]) > 16
+    # Weights with a scale for each group may be rounded to the dtype before they are multiplied.
+    sums = ROUNDED[dtype] if attributes.group_size else SUMS
+
+    x = dequantised(got, "x", narrow["x"], attributes) if coded else narrow["x"].astype(np.float64)
+    tokens = got["token_order"] // attributes.top_k
+    u = grouped(x[tokens], got["expert_offsets"], narrow, "in", attributes)
+    assert_close(got["hidden"], reference.expert_activation(u, attributes), sums + ROUNDED[dtype])
+
+    hidden = got["hidden"].astype(np.float64)
+    if coded:
+        hidden = dequantised(got, "hidden", got["hidden"], attributes)
+    out = grouped(hidden, got["expert_offsets"], narrow, "out", attributes)
+    assert_close(got["expert_out"][got["token_order"]], out, sums)
+
+    choices = got["expert_out"].reshape(*got["topk_ids"].shape, -1)
+    y = (got["topk_weights"][..., None] * choices.astype(np.float64)).sum(axis=1)
+    assert_close(got["y"], y, ROUNDED[dtype])
+
+    want = reference.moe(attributes=attributes, **narrow)
+    error = np.linalg.norm(got["y"].astype(np.float64) - want) / np.linalg.norm(want)
+    assert error <= NORM[attributes.weight_format if coded else dtype], error
+    return got
+
+
+def check_routing(got: dict[str, Array], logits: Array, attributes: MoEAttributes) -> None:
+    ids, weights = reference.route(logits, attributes)
+    np.testing.assert_array_equal(got["topk_ids"], ids)
+    np.testing.assert_array_equal(got["topk_weights"] == 0, weights == 0)
+    assert_close(got["topk_weights"], weights, SCORES)
+    np.testing.assert_array_equal(got["token_order"], np.argsort(ids.ravel(), kind="stable"))
+    counts = np.bincount(ids.ravel(), minlength=logits.shape[1])
+    np.testing.assert_array_equal(got["expert_offsets"], np.concatenate([[0], np.cumsum(counts)]))
+
+
+def dequantised(got: dict[str, Array], name: str, values: Array, attributes: MoEAttributes) -> Array:
+    """code * scale, after a look at both: the largest of a row meets the format's, all are within half a step.
+
+    Of two codes, the second is as near to what the first left.
+    """
+    codes, scale = got[f"{name}_codes"], got[f"{name}_scale"].astype(np.float64)[:, None]
+    largest = {"int8": 127, "fp8_e4m3": 448}[attributes.weight_format]
+    values = values.astype(np.float64)
+    np.testing.assert_allclose(scale[:, 0] * largest, np.abs(values).max(axis=1), rtol=1e-6)
+    exact, total = values / scale, np.zeros(values.shape)
+    for part in codes.astype(np.float64).reshape(len(values), -1, values.shape[1]).swapaxes(0, 1):
+        # fp8 has 3 bits behind the point of a normal number, and steps of 2^-9 below 2^-6.
+        step = 1.0 if largest == 127 else np.exp2(np.floor(np.log2(np.maximum(np.abs(exact - total), 2.0**-6))) - 3)
+        # float32's own rounding of the quotient is 2^-24 of it, in the second code too.
+        allowed = step / 2 * (1 + 1e-4) + np.abs(exact) * 2.0**-23
+        assert (np.abs(part - (exact - total)) <= allowed).all()
+        total += part
+    return total * scale
+
+
+def grouped(a: Array, offsets: Array, inputs: dict[str, Array], side: str, attributes: MoEAttributes) -> Array:
+    """Each row's product with its expert's w_in or w_out, plus the bias, in float64."""
+    w, scale, bias = inputs[f"w_{side}"], inputs.get(f"w_{side}_scale"), inputs.get(f"b_{side}")
+    w = reference.dequantize(w, scale, attributes, columns=a.shape[1], dtype=np.float64)
+    rows = [a[start:end] @ w[e].T for e, (start, end) in enumerate(pairwise(offsets))]
+    if bias is not None:
+        rows = [each + bias[e].astype(np.float64) for e, each in enumerate(rows)]
+    return np.concatenate(rows)
+
+
+ROUTINGS = list(product(CHOICES["scoring"], (True, False), (0.0, 0.7)))
+ARITHMETIC = [
+    MoEAttributes(
+        top_k=3, glu=glu, activation=activation, scoring=scoring, renormalize=renormalize, capacity_factor=factor
+    )
+    for (glu, activation), (scoring, renormalize, factor) in zip(
+        product(CHOICES["glu"], CHOICES["activation"]), cycle(ROUTINGS), strict=False
+    )
+]
+FORMATS = [
+    ("dense", 0),
+    ("int8", 0),
+    ("int8", 16),
+    ("int4", 0),
+    ("int4", 32),
+    ("int4", 8),
+    ("fp8_e4m3", 0),
+    ("fp8_e4m3", 64),
+]
+# T, E, K, D, I and whether one expert takes every token: ragged, odd, with more experts than tokens and fewer.
+LOADS = [
+    (257, 64, 8, 24, 17, False),
+    (257, 3, 1, 75, 33, True),
+    (100, 64, 2, 33, 40, True),
+    (2, 64, 8, 40, 24, False),
+]
