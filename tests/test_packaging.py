@@ -61,6 +61,20 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {name for name in names if name.endswith(".py")} == {"gatework/__init__.py", *modules}
 
 
+def test_wheel_holds_the_cpu_kernels(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "gatework/plugins/moe/cpu/libgatework_cpu.so" in names
+    assert not any(name.endswith((".cpp", ".h", "CMakeLists.txt")) for name in names)
+
+
+def test_without_a_compiler_the_wheel_is_pure(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, ROOT]
+    subprocess.run(command, check=True, env=os.environ | {"CXX": "false", "CC": "false"})
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
+
+
 def test_wheel_declares_license_and_command(wheel: Path) -> None:
     (dist,) = metadata.distributions(path=[str(wheel)])
     assert dist.metadata["License-Expression"] == "Apache-2.0"

@@ -27,12 +27,11 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-VERSION = 1
 MATMUL, MOE = "PackedMatMul", "PackedMoE"
 BLOCK_ROWS = 16
 STEP_BYTES = 4  # of a row
-# The library is used with these releases of ONNX Runtime, whose C API it was tested with.
-ORT_VERSIONS = ("1.32", "1.33")
+# Releases of ONNX Runtime whose C API the library was tested with; it is used with no others.
+ORT_VERSIONS = ("1.32",)
 _NAME = "libgatework_cpu.so"
 
 

@@ -11,6 +11,7 @@ import io
 import warnings
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,16 +62,19 @@ class OrtBackend:
         engine: an opened engine directory, for the target cpu or cuda.
         max_batch: cache slots; on CPUs memory is touched only as slots fill.
         threads: of ONNX Runtime's pool; default: one for each CPU that this process may use.
+        profile: ONNX Runtime times every operator and `session.end_profiling()` writes them to a file of this name's beginning.
 
     Raises:
         GateworkError: no GPU, or no package, that the engine needs; a graph that ONNX Runtime cannot load.
     """
 
-    def __init__(self, engine: Engine, *, max_batch: int, threads: int | None = None) -> None:
+    def __init__(
+        self, engine: Engine, *, max_batch: int, threads: int | None = None, profile: Path | None = None
+    ) -> None:
         self.max_batch, self.max_seq = max_batch, engine.limits.max_seq
         self._on_gpu = engine.manifest["target"] != "cpu"
         device = _open_gpu() if self._on_gpu else None
-        self.session, native = _open_session(engine, threads, on_gpu=self._on_gpu)
+        self.session, native = _open_session(engine, threads, on_gpu=self._on_gpu, profile=profile)
         inputs = {value.name: value for value in self.session.get_inputs()}
         outputs = {output.name: output for output in self.session.get_outputs()}
         self._all_logits = outputs["logits"].shape[1] != 1
@@ -160,12 +164,16 @@ def _open_gpu() -> Any:
     return Device()
 
 
-def _open_session(engine: Engine, threads: int | None, *, on_gpu: bool) -> tuple[ort.InferenceSession, bool]:
+def _open_session(
+    engine: Engine, threads: int | None, *, on_gpu: bool, profile: Path | None
+) -> tuple[ort.InferenceSession, bool]:
     """The session, and whether it uses this package's CPU kernels."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or usable_cpus()
     options.inter_op_num_threads = 1
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     packed = engine_format.FALLBACK in engine.manifest["files"]
     native = packed and _register_kernels(options)
     path = engine.path / (engine_format.FALLBACK if packed and not native else _GRAPH)

@@ -120,7 +120,7 @@ def test_written_experts_are_aligned_on_the_device(engine: Path) -> None:
     start, _ = span(places)
     assert sum(not name.startswith("__pad") for name in places) == 8
     assert start % 4096 == 0
-    assert all((place.start - start) % 4096 == 0 for place in places.values())
+    assert all((place.start - start) % 4096 == 0 for name, place in places.items() if not name.startswith("__pad"))
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]"])

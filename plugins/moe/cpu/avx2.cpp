@@ -1,5 +1,6 @@
 // AVX2: products of bytes in pairs (vpmaddubsw), which saturate at 16 bits. Weights of 8 bits are therefore multiplied as
 // |q| times x with q's sign: 2 * 128 * 127 fits. Those of 4 bits leave room for eight pairs before they have to be widened.
+// Where activations have 16 bits, words are multiplied (vpmaddwd), which takes no longer than bytes.
 #include "instructions.h"
 #include "tile.h"
 
@@ -11,6 +12,7 @@ struct Avx2 {
     __m256i low, high;  // rows 0-7, rows 8-15
   };
   static constexpr int kTile = 4;
+  static constexpr bool kWords = true;
   static constexpr int offset(int bits) { return bits == 8 ? 0 : 8; }
 
   template <int bits, int T>
@@ -41,6 +43,34 @@ struct Avx2 {
         sums[t].high = _mm256_add_epi32(sums[t].high, signed_pairs(high_size, high, columns));
       }
     }
+  }
+
+  static __m256i even_columns(__m256i q) { return _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8); }
+
+  static __m256i odd_columns(__m256i q) { return _mm256_srai_epi16(q, 8); }
+
+  static int32_t two_words(const int16_t* x) { return four_codes(reinterpret_cast<const int8_t*>(x)); }
+
+  template <int T>
+  static void words(const uint8_t* w, const int16_t* const* x, int steps, Sums* sums) {
+    const __m256i flip = _mm256_set1_epi8(char(0x80));
+    Sums total[T];
+    for (int t = 0; t < T; ++t) total[t].low = total[t].high = _mm256_setzero_si256();
+    for (int s = 0; s < steps; ++s, w += kStepBytes) {
+      _mm_prefetch(reinterpret_cast<const char*>(w) + 2048, _MM_HINT_T0);
+      const __m256i low = _mm256_xor_si256(load(w), flip), high = _mm256_xor_si256(load(w + 32), flip);
+      const __m256i low_even = even_columns(low), low_odd = odd_columns(low);
+      const __m256i high_even = even_columns(high), high_odd = odd_columns(high);
+      for (int t = 0; t < T; ++t) {
+        const __m256i even = _mm256_set1_epi32(two_words(x[t] + 4 * s));
+        const __m256i odd = _mm256_set1_epi32(two_words(x[t] + 4 * s + 2));
+        total[t].low = _mm256_add_epi32(total[t].low, _mm256_madd_epi16(low_even, even));
+        total[t].low = _mm256_add_epi32(total[t].low, _mm256_madd_epi16(low_odd, odd));
+        total[t].high = _mm256_add_epi32(total[t].high, _mm256_madd_epi16(high_even, even));
+        total[t].high = _mm256_add_epi32(total[t].high, _mm256_madd_epi16(high_odd, odd));
+      }
+    }
+    for (int t = 0; t < T; ++t) sums[t] = total[t];
   }
 
   template <int T>

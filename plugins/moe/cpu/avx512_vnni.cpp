@@ -8,6 +8,7 @@ namespace {
 struct Avx512Vnni {
   using Sums = __m512i;
   static constexpr int kTile = 8;
+  static constexpr bool kWords = false;
   static constexpr int offset(int bits) { return bits == 8 ? 128 : 8; }
 
   template <int T>

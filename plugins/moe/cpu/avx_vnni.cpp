@@ -10,6 +10,7 @@ struct AvxVnni {
     __m256i low, high;  // rows 0-7, rows 8-15
   };
   static constexpr int kTile = 4;
+  static constexpr bool kWords = false;
   static constexpr int offset(int bits) { return bits == 8 ? 128 : 8; }
 
   static __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }

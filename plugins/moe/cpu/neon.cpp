@@ -14,6 +14,7 @@ struct Neon {
     int32x4_t quarter[4];  // rows 0-3, 4-7, 8-11, 12-15
   };
   static constexpr int kTile = 4;
+  static constexpr bool kWords = false;
   static constexpr int offset(int bits) { return bits == 8 ? 0 : 8; }
 
   template <int T>

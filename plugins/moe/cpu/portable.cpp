@@ -9,6 +9,7 @@ struct Portable {
     int32_t row[kRows];
   };
   static constexpr int kTile = 2;
+  static constexpr bool kWords = false;
   static constexpr int offset(int) { return 0; }
 
   template <int bits, int T>

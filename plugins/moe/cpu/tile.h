@@ -6,6 +6,8 @@
 //   kTile                    tokens that fit its registers
 //   offset(bits)             what it adds to the weights' q when it multiplies
 //   dot<bits, T>(w, x, steps, sums)   sums[t] = sum over the steps of (q + offset) * x[t], for T tokens at once
+//   kWords                   whether `wide` activations for 8-bit weights are kept as 16-bit words instead of two codes, those of
+//                            columns 0 2 1 3 of each step, and multiplied by words<T>(w, x, steps, sums)
 //   join(high, low)          256 * high + low
 //   add(sums, correction, w_scales, x_scale, acc)   acc[r] += (sums[r] - correction) * (w_scales[r] * x_scale)
 #pragma once
@@ -48,10 +50,17 @@ inline void tile(const Columns& k, const Block& block, const Token* x, float* y,
     for (int t = 0; t < T; ++t)
       for (int s = 0; s < streams; ++s) codes[t * streams + s] = x[t].codes + size_t(s) * padded + size_t(g) * k.group;
     typename Isa::Sums sums[T * streams];
-    Isa::template dot<bits, T * streams>(w, codes, steps, sums);
+    if constexpr (streams == 2 && bits == 8 && Isa::kWords) {
+      const int16_t* words[T];
+      for (int t = 0; t < T; ++t) words[t] = reinterpret_cast<const int16_t*>(x[t].codes) + size_t(g) * k.group;
+      Isa::template words<T>(w, words, steps, sums);
+    } else {
+      Isa::template dot<bits, T * streams>(w, codes, steps, sums);
+      if constexpr (streams == 2)
+        for (int t = 0; t < T; ++t) sums[t] = Isa::join(sums[2 * t], sums[2 * t + 1]);
+    }
     for (int t = 0; t < T; ++t) {
-      const typename Isa::Sums sum = streams == 1 ? sums[t] : Isa::join(sums[t * streams], sums[t * streams + streams - 1]);
-      Isa::add(sum, Isa::offset(bits) * x[t].sums[g], block.scales + size_t(g) * kRows, x[t].scales[g], acc[t]);
+      Isa::add(sums[t], Isa::offset(bits) * x[t].sums[g], block.scales + size_t(g) * kRows, x[t].scales[g], acc[t]);
     }
     w += size_t(steps) * kStepBytes;
   }
@@ -69,7 +78,7 @@ inline void tiles(const Columns& k, const Block& block, const Token* x, int toke
 template <class Isa, int bits>
 inline void products(const Columns& k, const Block& block, const Token* x, int tokens, float* y, size_t stride) {
   if (k.wide)
-    tiles<Isa, bits, 2, Isa::kTile / 2>(k, block, x, tokens, y, stride);
+    tiles<Isa, bits, 2, bits == 8 && Isa::kWords ? Isa::kTile : Isa::kTile / 2>(k, block, x, tokens, y, stride);
   else
     tiles<Isa, bits, 1, Isa::kTile>(k, block, x, tokens, y, stride);
 }
@@ -100,6 +109,7 @@ void quantize(const Columns& k, const float* x, int8_t* codes, float* scales, in
   const float largest_code = k.wide ? 127.0f * 256.0f : 127.0f;
   const int padded = k.padded();
   int8_t* const low_codes = codes + padded;
+  int16_t* const words = k.wide && k.bits == 8 && Isa::kWords ? reinterpret_cast<int16_t*>(codes) : nullptr;
   for (int g = 0, start = 0; start < k.count; ++g, start += k.group) {
     const int end = k.count - start < k.group ? k.count : start + k.group;
     int32_t top = 0;  // the largest magnitude's bits, whose order is that of the numbers
@@ -117,9 +127,13 @@ void quantize(const Columns& k, const float* x, int8_t* codes, float* scales, in
         const int32_t code = bits_of(x[i] * inverse + kRounder) - bits_of(kRounder);
         const int32_t high = (code + 128) >> 8;
         const int32_t low = code - 256 * high < -127 ? -127 : code - 256 * high;  // -128 has no positive twin
-        codes[i] = int8_t(high);
-        low_codes[i] = int8_t(low);
-        sum += 256 * int8_t(high) + int8_t(low);
+        if (words) {
+          words[i] = int16_t(256 * high + low);
+        } else {
+          codes[i] = int8_t(high);
+          low_codes[i] = int8_t(low);
+        }
+        sum += 256 * high + low;
       }
     } else {
       for (int i = start; i < end; ++i) {
@@ -128,6 +142,15 @@ void quantize(const Columns& k, const float* x, int8_t* codes, float* scales, in
       }
     }
     sums[g] = sum;
+  }
+  if (words) {
+    for (int i = k.count; i < padded; ++i) words[i] = 0;
+    for (int i = 0; i < padded; i += 4) {
+      const int16_t second = words[i + 1];
+      words[i + 1] = words[i + 2];
+      words[i + 2] = second;
+    }
+    return;
   }
   for (int s = 0; s < k.streams(); ++s) {
     for (int i = k.count; i < padded; ++i) codes[s * padded + i] = 0;
