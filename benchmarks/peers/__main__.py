@@ -16,7 +16,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,9 @@ def agreement(workers: dict[str, Worker]) -> dict[str, float]:
 
 def measure(
     workers: dict[str, Worker], names: list[str], rounds: int, bandwidth: Bandwidth
-) -> tuple[Figures, list[float]]:
-    """Tokens per second by cell and peer, a figure a round; and the bandwidths seen in between."""
-    figures: Figures = defaultdict(lambda: defaultdict(list))
+) -> Iterator[tuple[Figures, list[float]]]:
+    """After every round: tokens per second by cell and peer, a figure a round; and the bandwidths seen in between."""
+    figures: Figures = {name: {peer: [] for peer in workers} for name in names}
     seen = []
     order = list(workers)
     for index in range(rounds):
@@ -80,29 +80,33 @@ def measure(
                 figures[name][peer].append(CELLS[name].speed(seconds))
             shown = ", ".join(f"{peer} {figures[name][peer][-1]:.1f}" for peer in order)
             print(f"round {index + 1}, {name}: {shown} tok/s; {seen[-1] / 1e9:.1f} GB/s", flush=True)
+        yield figures, seen
         order.append(order.pop(0))
-    return figures, seen
 
 
-def run_model(shape: str, args: argparse.Namespace, bandwidth: Bandwidth) -> dict[str, Any]:
+def run_model(shape: str, args: argparse.Namespace, bandwidth: Bandwidth) -> Iterator[dict[str, Any]]:
+    """What is known of one model after every round; prints the table after the last."""
     files = prepare(shape, args.folder, args.python, args.peers)
     workers = start_workers(files, args.python, args.logs)
     try:
         agreed = agreement(workers)
-        figures, seen = measure(workers, args.cells, args.rounds, bandwidth)
+        for figures, seen in measure(workers, args.cells, args.rounds, bandwidth):
+            found = results(workers, figures, seen)
+            yield found | {"logits_correlation": agreed}
     finally:
         for worker in workers.values():
             worker.close()
+    print(f"\n{markdown(shape, found['cells'], found['bandwidth_share'])}\n", flush=True)
+
+
+def results(workers: dict[str, Worker], figures: Figures, seen: list[float]) -> dict[str, Any]:
     read = {name: worker.bytes_per_token for name, worker in workers.items()}
-    rows, shares = summary(figures), bandwidth_share(figures, read, statistics.median(seen))
-    print(f"\n{markdown(shape, rows, shares)}\n", flush=True)
     return {
-        "cells": rows,
+        "cells": summary(figures),
         "figures": figures,
-        "logits_correlation": agreed,
         "weight_bytes_per_token": read,
         "bandwidth_gb_s": {"median": statistics.median(seen) / 1e9, "least": min(seen) / 1e9, "most": max(seen) / 1e9},
-        "bandwidth_share": shares,
+        "bandwidth_share": bandwidth_share(figures, read, statistics.median(seen)),
         "versions": {key: value for worker in workers.values() for key, value in worker.versions.items()},
     }
 
@@ -140,10 +144,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     bandwidth = Bandwidth(args.logs)
-    result: dict[str, Any] = {"machine": machine(), "rounds": args.rounds, "models": {}}
+    result: dict[str, Any] = {"machine": machine(), "models": {}}
     for shape in args.models:
-        result["models"][shape] = run_model(shape, args, bandwidth)
-        args.out.write_text(json.dumps(result, indent=1))
+        for found in run_model(shape, args, bandwidth):
+            result["models"][shape] = found
+            args.out.write_text(json.dumps(result, indent=1))  # a run that is stopped leaves its whole rounds
         subprocess.run([args.python, "-m", "benchmarks.peers.chart", args.out], check=True)
     short = {
         shape: {cell: row["ratios"] for cell, row in model["cells"].items()}
