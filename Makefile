@@ -31,10 +31,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo engine engines bench test lint format typecheck ci wheel clean
+.PHONY: help setup demo engine engines bench bench-peers test lint format typecheck ci wheel clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY) ## Make .venv with the gatework command and everything that building and testing need
 
@@ -75,6 +75,16 @@ engines: $(ENGINE_LINES:%=.engine-%) ## Build the engines listed in ENGINES=exam
 
 bench: engine ## Measure the engine of MODEL, TARGET and PRECISION
 	$(BIN)/gatework bench $(ENGINE)
+
+# llama.cpp is built for this machine's instructions, in an environment of its own.
+PEERS       := build/peers/.venv
+bench-peers: $(READY) $(PEERS)/.ready ## Measure random models against llama.cpp and transformers: make bench-peers ARGS='--help'
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+$(PEERS)/.ready: benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	CMAKE_ARGS='-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF' $(PEERS)/bin/pip install --no-binary llama-cpp-python --requirement $<
+	@touch $@
 
 test: $(READY) ## Run the tests: make test, or make test TESTS=tests/runtime ARGS='-k sampler'
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS) $(TESTS)

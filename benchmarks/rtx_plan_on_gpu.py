@@ -19,10 +19,11 @@ from gatework.export.options import BuildOptions
 from gatework.export.tensorrt.builder import process_logger
 from gatework.export.tensorrt.compile import PLAN, compile_tensorrt
 from gatework.export.tensorrt.scales import load_scales
-from gatework.export.tensorrt.toolchain import Compiler, load_toolchain
+from gatework.export.tensorrt.toolchain import Compiler
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.launcher import Launcher
 from gatework.plugins.moe.tensorrt import register
+from gatework.plugins.tensorrt_module import load_toolchain
 
 
 def main() -> None:

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from gatework.export.tensorrt.toolchain import gpu_capability, load_toolchain
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.machine import gpu_capability
 from gatework.plugins.moe import torch_op
 from gatework.plugins.moe.kernels.compile import save
 from gatework.plugins.moe.kernels.launches import SMS, variants
 from gatework.plugins.moe.launcher import Call, Launcher
 from gatework.plugins.moe.spec import MoEAttributes, MoESizes
 from gatework.plugins.moe.tensorrt import input_names, register
+from gatework.plugins.tensorrt_module import load_toolchain
 from tests.plugins.moe_cases import Array, label, random_inputs
 from tests.plugins.moe_checks import ARITHMETIC, FORMATS, LOADS, Dtype, Run, check
 from tests.plugins.moe_memory import SCRATCH, CallMemory

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from gatework.export.tensorrt.toolchain import gpu_capability
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.machine import gpu_capability
 from gatework.plugins.moe.kernels.compile import Compiled, compile_variant
 from gatework.plugins.moe.kernels.launches import Launch, Variant
 from gatework.plugins.moe.kernels.registry import KERNELS
