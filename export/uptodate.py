@@ -48,8 +48,12 @@ def is_current(source: Path, out: Path, options: BuildOptions) -> bool:
     """Whether `out` holds a whole engine made from these inputs with these tools."""
     try:
         manifest = json.loads((out / engine_format.MANIFEST).read_text())
-        sizes = {name: (out / name).stat().st_size for name in manifest["files"]}
-        same_files = sizes == {name: facts["size"] for name, facts in manifest["files"].items()}
+        finished = (out / engine_format.MANIFEST).stat().st_mtime_ns  # written last: what is younger was altered
+        stamps = {name: _stamp(out / name) for name in manifest["files"]}
+        same_files = all(
+            stamps[name][0] == facts["size"] and stamps[name][1] <= finished
+            for name, facts in manifest["files"].items()
+        )
         same_tools = manifest["toolchain"] == tool_versions(options, experts=manifest["model"]["moe"] is not None)
         return same_files and same_tools and manifest.get("inputs") == build_inputs(source, options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -24,15 +24,32 @@ any company, on any number of threads and on any processor.
 
 from __future__ import annotations
 
+import ctypes
+import os
 from importlib.resources import files
 from pathlib import Path
 
+from gatework.plugins.errors import GateworkError
+
 MATMUL, MOE = "PackedMatMul", "PackedMoE"
+PATHS = ("avx512_vnni", "avx_vnni", "avx2", "neon", "portable")
 BLOCK_ROWS = 16
 STEP_BYTES = 4  # of a row
 # Releases of ONNX Runtime whose C API the library was tested with; it is used with no others.
 ORT_VERSIONS = ("1.32",)
 _NAME = "libgatework_cpu.so"
+
+
+def chosen_path(library: Path) -> str:
+    """Name of the kernels that run on this processor; GateworkError if GATEWORK_CPU_PATH asks for others."""
+    chosen = ctypes.CDLL(str(library)).gatework_cpu_path
+    chosen.restype = ctypes.c_char_p
+    name: bytes | None = chosen()
+    if name is None:
+        expected = f"one of {', '.join(PATHS)}, if the processor has it"
+        what = "GATEWORK_CPU_PATH names no kernels of this machine"
+        raise GateworkError(what, got=os.environ["GATEWORK_CPU_PATH"], expected=expected, fix="unset it")
+    return name.decode()
 
 
 def find_library() -> Path | None:

@@ -158,7 +158,7 @@ def _open_gpu() -> Any:
     from gatework.runtime.backends.device import Device
 
     if _CUDA not in ort.get_available_providers():
-        fix = "pip uninstall onnxruntime, then pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]'"
+        fix = "install the extra cuda, and onnxruntime-gpu in the place of onnxruntime, as README.md shows"
         got = "the package for CPUs"
         raise GateworkError("this engine needs ONNX Runtime for NVIDIA GPUs", got=got, fix=fix)
     return Device()
@@ -201,6 +201,7 @@ def _register_kernels(options: ort.SessionOptions) -> bool:
     """Let a session find this package's CPU kernels; says so once if it has to do without."""
     library = cpu_ops.find_library()
     if library is not None and ort.__version__.startswith(cpu_ops.ORT_VERSIONS):
+        cpu_ops.chosen_path(library)
         options.register_custom_ops_library(str(library))
         return True
     if library is None:

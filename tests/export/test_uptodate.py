@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from gatework.export import uptodate
 from gatework.export.build import build_engine
 from gatework.export.options import BuildOptions
+from gatework.export.uptodate import is_current
 from gatework.runtime.cli import main
 from tests.checkpoints import make_checkpoint
 
@@ -70,3 +72,13 @@ def test_the_command_builds_once(built: tuple[Path, Path], capsys: pytest.Captur
     assert (out / "manifest.json").stat().st_mtime_ns == made
     assert main([*command, "--max-batch", "2"]) == 0
     assert (out / "manifest.json").stat().st_mtime_ns > made
+
+
+def test_an_altered_engine_is_not_current(built: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint, engine = built
+    copy = shutil.copytree(engine, tmp_path / "copy")  # times included
+    assert is_current(checkpoint, copy, OPTIONS)
+    content = bytearray((copy / "weights.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "weights.safetensors").write_bytes(content)
+    assert not is_current(checkpoint, copy, OPTIONS)
