@@ -89,4 +89,4 @@ def test_without_a_gpu_a_cuda_engine_is_refused_in_one_line(checkpoint: Path, re
     if "CUDAExecutionProvider" in ort.get_available_providers():
         assert "this engine runs on an NVIDIA GPU; got cudaError" in line
     else:
-        assert "needs ONNX Runtime for NVIDIA GPUs; got the package for CPUs; fix: pip uninstall onnxruntime" in line
+        assert "needs ONNX Runtime for NVIDIA GPUs; got the package for CPUs; fix: install the extra cuda" in line
