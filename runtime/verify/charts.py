@@ -17,6 +17,7 @@ _SERIES = ("local", "expected", "bound", "accumulated")
 _MOST_DECADES = 12
 _MOST_LABELS = 8
 _LEVELS = 10  # of colour, in a heat map
+OUTSIDE = "outside the layers"  # the panel of stages that have no layer
 Rows = Sequence[Sequence[Any]]
 
 
@@ -74,7 +75,7 @@ def stage_panel(
 
 
 def _stage_words(title: str, column: Any, stage: dict[str, Any]) -> str:
-    place = str(column) if title == "outside the layers" else f"layer {column}, {title}"
+    place = str(column) if title == OUTSIDE else f"layer {column}, {title}"
     values = ", ".join(f"{name} {shown(stage.get(name))}" for name in _SERIES)
     return f"{place}: {values}{'' if stage.get('passed') else ' – beyond the bound'}"
 
@@ -126,7 +127,7 @@ def _dots(name: str, placed: Sequence[tuple[float, Any, dict[str, Any]]], axis: 
         path += "" if value is None else f"{pen}{x:.1f} {axis.y(value)}"
         pen = "M" if value is None else "L"
     dots = (
-        element("circle", cx=f"{x:.1f}", cy=axis.y(value), r=2.4 if len(values) <= 40 else 1.6)
+        element("circle", cx=f"{x:.1f}", cy=axis.y(value), r=2.4 if len(values) <= 40 else 1.2)
         for x, value in values
         if value is not None
     )
@@ -169,7 +170,7 @@ def agreement_chart(agreement: Sequence[Any]) -> Element:
 def histogram(edges: Sequence[Any], counts: Sequence[Any]) -> Element:
     """Bins are drawn as wide as each other, whatever their edges are."""
     heights = [number(count) or 0.0 for count in counts]
-    labels = [shown(edge) for edge in edges]
+    labels = [f"{edge:.1e}" if isinstance(edge, float) else shown(edge) for edge in edges]
     axis = Axis(0, max([1.0, *heights]))
     step = (_RIGHT - _LEFT) / max(len(heights), 1)
     stride = math.ceil(len(labels) / 5)
@@ -198,7 +199,7 @@ def heat_map(rows: Rows, level: Callable[[float], str], words: str, show: Callab
         cells: dict[str, str] = {}
         for expert, value in enumerate(row):
             if (share := number(value)) is not None:
-                box = f"M{_LEFT + expert * width:.1f} {y:.1f}h{width - gap:.1f}v{height - gap:.1f}h-{width - gap:.1f}z"
+                box = f"M{_LEFT + expert * width:.2f} {y:.2f}h{width - gap:.2f}v{height - gap:.2f}h-{width - gap:.2f}z"
                 cells[level(share)] = cells.get(level(share), "") + box
         paths = (element("path", d=path, class_=name) for name, path in cells.items())
         marks.append(element("g", element("title", f"layer {layer}: {', '.join(map(show, row))}"), *paths))
