@@ -11,11 +11,11 @@ from xml.etree.ElementTree import Element
 
 from gatework.runtime.verify.markup import element, number, percent, shown
 
-_WIDTH, _HEIGHT = 320, 190
-_LEFT, _RIGHT, _TOP, _BOTTOM = 38, 312, 10, 166  # the edges of a plot
+_WIDTH, _HEIGHT = 264, 176
+_LEFT, _RIGHT, _TOP, _BOTTOM = 36, 258, 10, 152  # the edges of a plot
 _SERIES = ("local", "expected", "bound", "accumulated")
 _MOST_DECADES = 12
-_MOST_LABELS = 8
+_MOST_LABELS = 8  # below a chart
 _LEVELS = 10  # of colour, in a heat map
 OUTSIDE = "outside the layers"  # the panel of stages that have no layer
 Rows = Sequence[Sequence[Any]]
@@ -115,9 +115,14 @@ def _nice_strides() -> Any:
 
 
 def _steps(name: str, placed: Sequence[tuple[float, Any, dict[str, Any]]], half: float, axis: Axis) -> Element:
-    values = ((x, number(stage.get(name))) for x, _, stage in placed)
-    steps = (f"M{x - half:.1f} {axis.y(value)}h{2 * half:.1f}" for x, value in values if value is not None)
-    return element("path", d="".join(steps), class_=name)
+    """A level for each stage; those of neighbours are joined, so that dashes run on."""
+    path, end = "", -math.inf
+    for x, _, stage in placed:
+        if (value := number(stage.get(name))) is not None:
+            y = axis.y(value)
+            path += f"V{y}" if abs(x - half - end) < 0.01 else f"M{x - half:.2f} {y}"
+            path, end = f"{path}H{x + half:.2f}", x + half
+    return element("path", d=path, class_=name)
 
 
 def _dots(name: str, placed: Sequence[tuple[float, Any, dict[str, Any]]], axis: Axis) -> Element:

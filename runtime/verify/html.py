@@ -49,8 +49,8 @@ def _verdict(report: Report) -> Element:
 
 
 def _model(model: Report) -> str | None:
-    """Such as "mixtral, 32 layers, 8 experts, 2 per token"."""
-    words = {"family": "{}", "num_layers": "{} layers", "num_experts": "{} experts", "top_k": "{} per token"}
+    """Such as "mixtral, layers: 32, experts: 8, per token: 2"."""
+    words = {"family": "{}", "num_layers": "layers: {}", "num_experts": "experts: {}", "top_k": "per token: {}"}
     parts = [form.format(shown(model[name])) for name, form in words.items() if model.get(name) is not None]
     return ", ".join(parts) or None
 
@@ -67,7 +67,7 @@ def _divergence(report: Report) -> Element | None:
 
 def _checks(report: Report) -> Element | None:
     checks = report.get("checks") or []
-    names = ("Check", "Observed", "Bound", "Passes at", "Compared", "Result", "Note")
+    names = ("Check", "Result", "Observed", "Bound", "Passes at", "Compared", "Note")
     rows = [_check_row(check) for check in checks]
     return section("Checks", table("Checks", names, rows, visible=False)) if checks else None
 

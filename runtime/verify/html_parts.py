@@ -55,14 +55,14 @@ def table(caption: str, names: Sequence[str], rows: Sequence[Element], *, visibl
 
 
 def table_row(entry: Report, name: str, cells: Sequence[str], *, judged: bool) -> Element:
-    """Name, numbers, result and note of a check or stage."""
+    """Name, result, numbers and note of a check or stage."""
     passed = bool(entry.get("passed"))
     result = (icon(passed), "ok" if passed else "failed") if judged or not passed else ()
     return element(
         "tr",
         element("th", name, scope="row"),
-        *(element("td", cell, class_="number") for cell in cells),
         element("td", *result, class_="result"),
+        *(element("td", cell, class_="number") for cell in cells),
         element("td", shown(entry.get("note") or ""), class_="note"),
         class_=None if passed else "failed",
     )

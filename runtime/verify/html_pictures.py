@@ -76,7 +76,7 @@ def _panel(kind: str, points: Sequence[tuple[Any, Report]], columns: Sequence[An
 
 
 def _stage_table(caption: str, entries: Sequence[Report]) -> Element:
-    names = ("Stage", "Local", "Expected", "Bound", "Accumulated", "Compared", "Result", "Note")
+    names = ("Stage", "Result", "Local", "Expected", "Bound", "Accumulated", "Compared", "Note")
     return table(caption, names, [_stage_row(stage) for stage in entries])
 
 
@@ -149,7 +149,7 @@ def quality(report: Report) -> Element | None:
     figures = []
     if histogram.get("counts"):
         chart = charts.histogram(histogram.get("edges") or [], histogram["counts"])
-        figures.append(figure("positions by KL (reference ‖ engine), nats", chart))
+        figures.append(figure("KL of every position, nats", chart))
     if matches:
         figures.append(figure("greedy tokens before the first that differs", _matches(matches)))
     tiles = (*_perplexity(found), *_kl(found), *_tops(found))
