@@ -56,7 +56,7 @@ def loaded_by(request: pytest.FixtureRequest, tmp_path: Path) -> LoadedBy:
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"gatework", f"gatework-{gatework.__version__}.dist-info"}
-    assert "gatework/py.typed" in names
+    assert {"gatework/py.typed", "gatework/runtime/verify/html.css"} <= set(names)
     modules = {f"gatework/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == {"gatework/__init__.py", *modules}
 

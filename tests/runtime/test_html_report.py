@@ -192,7 +192,7 @@ def test_charts_are_drawn(show: Any, width: int, layers: int) -> None:
 
 
 def test_heights_are_the_errors(show: Any) -> None:
-    """A decade is the same everywhere, and what is beyond its bound stands above it."""
+    """In two panels together: the larger an error, the higher its dot."""
     page = show(sample(layers=4, faulty=2))
     stages = sample(layers=4, faulty=2)["stages"]
     drawn = page.evaluate(
