@@ -79,13 +79,22 @@ class Attention(nn.Module):
         return projected.view(B, S, count, self.config.head_dim).transpose(1, 2)
 
     def forward(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.project(x, step)
+        k = cache_op.cache_write(past_k, k, step.write_indices)
+        v = cache_op.cache_write(past_v, v, step.write_indices)
+        return self.o(self.read(q, k, v, step.mask)), k, v
+
+    def project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, S, Dh], and keys and values [B, Hkv, S, Dh] as the cache holds them."""
         config, ops = self.config, torch.onnx.ops
         q = ops.rotary_embedding(self.heads(self.q(x), config.num_heads), step.cos, step.sin, step.position_ids)
         k = ops.rotary_embedding(self.heads(self.k(x), config.num_kv_heads), step.cos, step.sin, step.position_ids)
-        k = cache_op.cache_write(past_k, k, step.write_indices)
-        v = cache_op.cache_write(past_v, self.heads(self.v(x), config.num_kv_heads), step.write_indices)
-        y, *_ = ops.attention(q, k, v, step.mask, scale=config.head_dim**-0.5)
-        return self.o(y.transpose(1, 2).flatten(2)), k, v
+        return q, k, self.heads(self.v(x), config.num_kv_heads)
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """What the queries find in the cache [B, Hkv, S_max, Dh], [B, S, H * Dh]; mask [B, 1, S, S_max]."""
+        y, *_ = torch.onnx.ops.attention(q, k, v, mask, scale=self.config.head_dim**-0.5)
+        return y.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):

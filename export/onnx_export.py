@@ -19,6 +19,7 @@ from gatework.export.decoder import Decoder, MoE, rope_tables
 from gatework.export.lower.experts import attributes_of, moe_nodes
 from gatework.export.packing import identity_pack, set_pack
 from gatework.export.repeat import repeat_last_layer
+from gatework.export.taps import name_taps
 from gatework.plugins.moe import onnx_op, torch_op
 
 OPSET = 24
@@ -65,6 +66,7 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
         model = _fold(program.model)
     repeat_last_layer(model.graph, traced.num_layers, config.num_layers)
     _drop_notes(model)
+    name_taps(model.graph, config)
     for name, table in zip(ROPE_TABLES, rope_tables(config, max_seq), strict=True):
         model.graph.initializers[name].const_value = ir.tensor(table.to(torch_dtype), name=name)
     for name in config.tensor_shapes():

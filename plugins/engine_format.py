@@ -43,6 +43,17 @@ MANIFEST_FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
+def layer_taps(layer: int, has_experts: bool) -> list[str]:
+    """Values of a layer that every ONNX graph names, in order of computation.
+
+    `layers.{i}.context`: what the heads read from the cache, before the output projection; `attention`: after it;
+    `residual`: the stream with it; `router`: logits, and `experts`, or `mlp`: what the feed-forward part adds; `output`: the
+    stream with that.
+    """
+    names = ("context", "attention", "residual", *(("router", "experts") if has_experts else ("mlp",)), "output")
+    return [f"layers.{layer}.{name}" for name in names]
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as file:

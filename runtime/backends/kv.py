@@ -105,6 +105,12 @@ class HostCache:
         for each in self.layout.move(source, target, length):
             self._rows(each.target, each)[:] = self._rows(each.source, each)
 
+    def read(self, name: str, slot: int) -> np.ndarray:
+        """A copy of a slot of a tensor, [Hkv, S_max, bytes of Dh values] uint8."""
+        layout = self.layout
+        block = self._block[self._base + layout.offset(name, slot) :][: layout.slot_bytes]
+        return block.reshape(layout.heads, layout.positions, layout.head_bytes).copy()
+
     def _rows(self, offset: int, copy: Copy) -> np.ndarray:
         block = self._block[self._base + offset :][: copy.rows * copy.pitch]
         return block.reshape(copy.rows, copy.pitch)[:, : copy.width]
@@ -128,6 +134,16 @@ class DeviceCache:
         """Copy the first `length` positions of a slot to another."""
         self._device.copy(self._base, self.layout.move(source, target, length))
         self._device.synchronize()
+
+    def read(self, name: str, slot: int) -> np.ndarray:
+        """A copy of a slot of a tensor, [Hkv, S_max, bytes of Dh values] uint8."""
+        layout = self.layout
+        block = self._device.pinned(layout.slot_bytes)
+        self._device.to_host(block, self.address(name, slot), layout.slot_bytes)
+        self._device.synchronize()
+        copy = block.reshape(layout.heads, layout.positions, layout.head_bytes).copy()
+        self._device.free_pinned(block)
+        return copy
 
 
 Cache = HostCache | DeviceCache

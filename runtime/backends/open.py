@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 
 from gatework.plugins.errors import GateworkError
@@ -12,12 +13,13 @@ from gatework.runtime.scheduler import Backend
 MODULES = ("onnxruntime", "tensorrt", "tensorrt_rtx")  # that run engines
 
 
-def open_backend(engine: Engine, *, max_batch: int, threads: int | None = None) -> Backend:
+def open_backend(engine: Engine, *, max_batch: int, threads: int | None = None, taps: Sequence[str] = ()) -> Backend:
     """Load an engine onto the device that it was built for.
 
     Args:
         max_batch: cache slots; at most the engine's limit where it holds a plan.
         threads: of ONNX Runtime's CPU pool.
+        taps: values inside the graph to leave in the backend's `tapped`; of ONNX Runtime alone.
 
     Raises:
         GateworkError: an engine that cannot run, or that lacks a GPU or a package here.
@@ -26,8 +28,9 @@ def open_backend(engine: Engine, *, max_batch: int, threads: int | None = None) 
     if module == "onnxruntime":
         from gatework.runtime.backends.ort import OrtBackend
 
-        return OrtBackend(engine, max_batch=max_batch, threads=threads)
+        return OrtBackend(engine, max_batch=max_batch, threads=threads, taps=taps)
     check_runnable(engine, max_batch)
+    assert not taps, "a plan shows no values inside"
     from gatework.runtime.backends.tensorrt import TensorRTBackend
 
     return TensorRTBackend(engine, module, max_batch=max_batch)

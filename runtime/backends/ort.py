@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,9 @@ _GRAPH = "model.onnx"
 _CUDA = "CUDAExecutionProvider"
 _WARNING, _FATAL = 2, 4  # severities of its log; the first is its default
 # Type of a cache: ONNX's number for it, which NumPy's lack of bfloat16 calls for, and bytes.
-_CACHE_TYPES = {"tensor(float)": (1, 4), "tensor(float16)": (10, 2), "tensor(bfloat16)": (16, 2)}
+_BFLOAT16 = 16
+_CACHE_TYPES = {"tensor(float)": (1, 4), "tensor(float16)": (10, 2), "tensor(bfloat16)": (_BFLOAT16, 2)}
+_CONVERTED = ".float32"  # follows the name of a tap that is of another type
 
 
 @dataclass(slots=True)
@@ -63,21 +66,30 @@ class OrtBackend:
         max_batch: cache slots; on CPUs memory is touched only as slots fill.
         threads: of ONNX Runtime's pool; default: one for each CPU that this process may use.
         profile: ONNX Runtime times every operator and `session.end_profiling()` writes them to a file of this name's beginning.
+        taps: values inside the graph that every step leaves in `tapped`, float32 with the graph's shapes.
 
     Raises:
         GateworkError: no GPU, or no package, that the engine needs; a graph that ONNX Runtime cannot load.
     """
 
     def __init__(
-        self, engine: Engine, *, max_batch: int, threads: int | None = None, profile: Path | None = None
+        self,
+        engine: Engine,
+        *,
+        max_batch: int,
+        threads: int | None = None,
+        profile: Path | None = None,
+        taps: Sequence[str] = (),
     ) -> None:
         self.max_batch, self.max_seq = max_batch, engine.limits.max_seq
         self._on_gpu = engine.manifest["target"] != "cpu"
         device = _open_gpu() if self._on_gpu else None
-        self.session, native = _open_session(engine, threads, on_gpu=self._on_gpu, profile=profile)
+        self.session, native = _open_session(engine, threads, on_gpu=self._on_gpu, profile=profile, taps=taps)
         inputs = {value.name: value for value in self.session.get_inputs()}
         outputs = {output.name: output for output in self.session.get_outputs()}
         self._all_logits = outputs["logits"].shape[1] != 1
+        self._taps = {tap: tap if tap in outputs else tap + _CONVERTED for tap in taps}  # and their outputs
+        self.tapped: dict[str, np.ndarray] = {}
         self._input_names = list(inputs)
         self._vocab_size: int = engine.model["vocab_size"]
         names = tuple(name.removeprefix("past.") for name in inputs if name.startswith("past."))
@@ -104,7 +116,12 @@ class OrtBackend:
         ids, starts = np.array(tokens, np.int64)[:, None], np.array(positions, np.int64)
         if not self._one_by_one:
             return self._decode(0, ids, starts)
-        return np.concatenate([self._decode(i, ids[i : i + 1], starts[i : i + 1]) for i in range(len(tokens))])
+        rows, tapped = [], []
+        for i in range(len(tokens)):
+            rows.append(self._decode(i, ids[i : i + 1], starts[i : i + 1]))
+            tapped.append(self.tapped)
+        self.tapped = {tap: np.concatenate([values[tap] for values in tapped]) for tap in self._taps}
+        return np.concatenate(rows)
 
     def _decode(self, slot: int, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """Advance the slots from `slot` on; ids [n, 1], starts [n]."""
@@ -116,18 +133,34 @@ class OrtBackend:
     def _run(self, step: _Step, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """Fill, run, and return the step's logits, which its next run overwrites."""
         step.fill(ids, starts)
-        if not self._on_gpu:
-            self.session.run_with_iobinding(step.binding)
-            return step.logits
-        step.bind_inputs(self._input_names)
-        step.binding.synchronize_inputs()
+        if self._on_gpu:
+            step.bind_inputs(self._input_names)
+            step.binding.synchronize_inputs()
         self.session.run_with_iobinding(step.binding)
-        step.binding.synchronize_outputs()
+        if self._on_gpu:
+            step.binding.synchronize_outputs()
+        if self._taps:  # bound last
+            values = step.binding.get_outputs()[-len(self._taps) :]
+            self.tapped = {tap: value.numpy() for tap, value in zip(self._taps, values, strict=True)}
         return step.logits
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot's cache to another slot."""
         self._cache.move(source, target, length)
+
+    @property
+    def cache_names(self) -> tuple[str, ...]:
+        """`0.k`, `0.v`, `1.k`, ..."""
+        return self._cache.layout.names
+
+    def cached(self, name: str, slot: int, length: int) -> np.ndarray:
+        """A copy of the keys or values at a slot's first positions, [Hkv, length, Dh] float32; name as in "0.k"."""
+        rows = self._cache.read(name, slot)[:, :length]
+        if self._cache_type == _BFLOAT16:
+            return (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return rows.view(np.float16 if rows.shape[-1] == 2 * self._cache.layout.width else np.float32).astype(
+            np.float32
+        )
 
     def _check_room(self, end: int) -> None:
         assert end <= self.max_seq, f"{end} positions in a cache of {self.max_seq}"
@@ -150,6 +183,8 @@ class OrtBackend:
             binding.bind_input(f"past.{name}", *place)
             binding.bind_output(f"present.{name}", *place)
         binding.bind_output("logits", "cpu", 0, np.float32, step.logits.shape, step.logits.ctypes.data)
+        for output in self._taps.values():
+            binding.bind_output(output, "cpu")
         return step
 
 
@@ -165,7 +200,7 @@ def _open_gpu() -> Any:
 
 
 def _open_session(
-    engine: Engine, threads: int | None, *, on_gpu: bool, profile: Path | None
+    engine: Engine, threads: int | None, *, on_gpu: bool, profile: Path | None, taps: Sequence[str]
 ) -> tuple[ort.InferenceSession, bool]:
     """The session, and whether it uses this package's CPU kernels."""
     options = ort.SessionOptions()
@@ -183,8 +218,12 @@ def _open_session(
         with redirect_stdout(io.StringIO()):  # it prints what it does not find
             ort.preload_dlls(directory="")
         ort.set_default_logger_severity(_FATAL)  # why a GPU was not taken is told below, in one line
+    model: Path | bytes = path
+    if taps:
+        model = _with_outputs(path, taps)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(engine.path))
     try:
-        session = ort.InferenceSession(path, options, providers=providers)
+        session = ort.InferenceSession(model, options, providers=providers)
     except Exception as error:  # ONNX Runtime raises many unrelated types
         raise GateworkError(f"ONNX Runtime cannot load {path}: {error}") from error
     finally:
@@ -195,6 +234,27 @@ def _open_session(
         got = session.get_providers()[0]
         raise GateworkError("ONNX Runtime did not take the GPU", got=got, expected=_CUDA, fix=fix)
     return session, native
+
+
+def _with_outputs(path: Path, taps: Sequence[str]) -> bytes:
+    """The graph of a file, its weights left where they are, with more outputs."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    made = {name for node in graph.node for name in node.output}
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    for tap in taps:
+        if tap not in made:
+            fix = "build the engine again"
+            raise GateworkError(f"{path} has no value of this name to compare", expected=tap, fix=fix)
+        output = tap
+        if types[tap] != onnx.TensorProto.FLOAT:
+            output = tap + _CONVERTED
+            graph.node.append(onnx.helper.make_node("Cast", [tap], [output], to=onnx.TensorProto.FLOAT))
+        graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
+    content: bytes = model.SerializeToString()
+    return content
 
 
 def _register_kernels(options: ort.SessionOptions) -> bool:

@@ -13,12 +13,16 @@ class Bounds:
     greedy_margin: where the engine's best token is not the reference's, how much the reference prefers its own, as a share
         of its largest |logit|.
     mean_kl: mean KL(reference || engine) per position, in nats; prefill and decode are judged apart.
+    top1: share of positions whose most likely token is another.
     perplexity: |engine's / reference's - 1| on a text.
+
+    The first two judge the sums, the others what quantisation costs the model.
     """
 
     relative: float | None = None
     greedy_margin: float | None = None
     mean_kl: float | None = None
+    top1: float | None = None
     perplexity: float | None = None
 
 
@@ -36,8 +40,8 @@ DEFAULT_BOUNDS: dict[str, Bounds] = {
     # 127 steps to a group's largest weight, and activations rounded to 8 bits as well: products are off by some 0.5 %.
     # A trained model's logits hardly move (KL 0.0006 on the bundled one); 0.01 nats is where a token's probability is
     # off by a few per cent. A random model is no fair subject: its router follows any error. Pass bounds of your own for it.
-    "int8": Bounds(mean_kl=0.01, perplexity=0.005),
+    "int8": Bounds(mean_kl=0.003, perplexity=0.005),
     # 8 steps instead of 127, softened by scales of least squared error and groups of 32 weights: KL grows with the square
     # of the error (0.02 on the bundled model), and perplexity with KL.
-    "int4": Bounds(mean_kl=0.05, perplexity=0.03),
+    "int4": Bounds(mean_kl=0.03, perplexity=0.03),
 }

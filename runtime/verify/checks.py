@@ -1,35 +1,38 @@
-"""verify: an engine and its reference go through the same tokens."""
+"""verify: an engine goes through given tokens, and the reference through what the engine computed, step by step."""
 
 from __future__ import annotations
 
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gatework.plugins.errors import GateworkError
-from gatework.runtime.backends.open import module_version, open_backend
+from gatework.runtime.backends.open import module_of, module_version, open_backend
 from gatework.runtime.engine import Engine
-from gatework.runtime.scheduler import Backend
 from gatework.runtime.verify.bounds import DEFAULT_BOUNDS, Bounds
 from gatework.runtime.verify.compare import Comparison, Place
-from gatework.runtime.verify.feed import Fed, feed
 from gatework.runtime.verify.perplexity import WINDOW, negative_log_likelihood, perplexity
-from gatework.runtime.verify.plan import make_plan
-from gatework.runtime.verify.report import Check, VerifyReport
+from gatework.runtime.verify.plan import Plan, make_plan
+from gatework.runtime.verify.record import Recording, tap_names
+from gatework.runtime.verify.report import Check, Divergence, VerifyReport
+from gatework.runtime.verify.routing import Experts
+from gatework.runtime.verify.stages import Stage, judge
 
 if TYPE_CHECKING:
     from gatework.export.checkpoint import Checkpoint
-    from gatework.export.reference import Reference
+    from gatework.export.rounding import Format
 
 _TOOLS = ("gatework", "torch")
-_MOST_SLOTS = 8  # windows compared at once: the reference's logits of all of them are in memory
-_WINDOW_CHUNK = 32  # prefill step for windows, so that each gives several rows
+_MOST_SLOTS = 8
+_BINS = 24
 
 
 def verify(
@@ -47,44 +50,57 @@ def verify(
 ) -> VerifyReport:
     """Compare an engine with the PyTorch reference of its checkpoint.
 
-    Every prompt is prefilled and then decoded in a batch along the reference's own greedy tokens. Then every window, of
-    the text or else of random tokens, is decoded token by token from an empty cache, and prefilled. Only outputs are
-    compared: in a quantised engine, a fault that moves them less than rounding does goes unseen.
+    Every prompt is prefilled and then decoded in a batch along the engine's own greedy tokens. Then every window, of the text
+    or else of random tokens, is decoded token by token from an empty cache, and prefilled. Of the first thousand tokens the
+    engine's graph gives up what it computed inside every layer, and each of these values is compared with what the reference
+    makes of the engine's own inputs to that step. The reference is read from the checkpoint layer by layer.
 
     Args:
         text: gives perplexity, and the windows.
         prompts: text or token ids; default: random ids of several lengths, fixed, and the text's first tokens.
         tokens: greedy tokens after each prompt; fewer where the engine's max_seq leaves less room.
         window: tokens of the text per window, at most max_seq.
-        bounds: default: `DEFAULT_BOUNDS` of the engine's precision.
+        bounds: of the logits; default: `DEFAULT_BOUNDS` of the engine's precision, of which those of quality are applied where
+            there is a text.
         check_fingerprint: refuse a checkpoint that the engine was not built from.
         threads: of the engine.
-        progress: show a progress bar on standard error.
+        progress: show progress bars on standard error.
 
     Raises:
         GateworkError: a bad engine or checkpoint, one that does not belong to the other, or a prompt that does not fit.
     """
-    from tqdm import tqdm
-
     from gatework.export.checkpoint import Checkpoint
-    from gatework.export.reference import Reference
 
     engine = Engine.open(engine_dir)
     checkpoint = Checkpoint.open(os.fspath(checkpoint_dir))
     _check_pair(engine, checkpoint, check_fingerprint)
-    bounds = bounds if bounds is not None else _default_bounds(engine)
-    plan = make_plan(engine, text, prompts, tokens, window)
-    reference = Reference.load(checkpoint, plan.longest)
-    slots = min(engine.limits.max_batch, _MOST_SLOTS)
-    run = _Run(reference, open_backend(engine, max_batch=slots, threads=threads), engine.limits.prefill_chunk)
-    with tqdm(total=plan.rows, unit="tok", desc="verify", disable=not progress, file=sys.stderr) as bar:
-        run.prompts(plan.prompts, plan.tokens, bar.update)
-        run.windows(plan.windows, bar.update)
-    checks = run.checks(bounds, has_text=text is not None)
-    facts = plan.facts(engine) | run.facts(has_text=text is not None)
+    if bounds is None:
+        bounds = _default_bounds(engine)
+        if text is None:  # random tokens say nothing of quality
+            bounds = replace(bounds, mean_kl=None, top1=None)
+    plan = make_plan(engine, text, prompts, tokens, window, taps=module_of(engine) == "onnxruntime")
+    with tempfile.TemporaryDirectory(prefix="gatework-verify-") as folder:
+        recording = Recording(Path(folder), plan.cases)
+        unaltered = _run(engine, plan, recording, threads, progress)
+        found = _Findings(recording, engine.model)
+        found.collect(checkpoint, _format(engine), progress)
+    checks = [*found.step_checks(unaltered), *found.logit_checks(bounds, has_text=text is not None)]
+    facts = plan.facts(engine) | found.facts(has_text=text is not None)
     versions = {name: version(name) for name in _TOOLS} | module_version(engine) | {"numpy": version("numpy")}
     facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return VerifyReport(str(engine.path), str(checkpoint.path), engine.manifest["precision"], checks, facts)
+    return VerifyReport(
+        engine=str(engine.path),
+        reference=str(checkpoint.path),
+        target=engine.manifest["target"],
+        precision=engine.manifest["precision"],
+        model=engine.model,
+        checks=tuple(checks),
+        stages=tuple(found.stages),
+        first_divergence=found.first_divergence(),
+        experts=found.experts.to_dict() if found.experts is not None and found.stages else None,
+        quality=found.quality(has_text=text is not None),
+        facts=facts,
+    )
 
 
 def _check_pair(engine: Engine, checkpoint: Checkpoint, check_fingerprint: bool) -> None:
@@ -94,9 +110,12 @@ def _check_pair(engine: Engine, checkpoint: Checkpoint, check_fingerprint: bool)
             got="another fingerprint",
             fix="give the checkpoint that the engine was built from, or build the engine again",
         )
-    ours, theirs = engine.model["vocab_size"], checkpoint.config.vocab_size
-    if ours != theirs:
-        raise GateworkError("engine and reference differ in vocab_size", got=f"{ours} and {theirs}")
+    for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim"):
+        ours, theirs = engine.model[name], getattr(checkpoint.config, name)
+        if ours != theirs:
+            raise GateworkError(f"engine and reference differ in {name}", got=f"{ours} and {theirs}")
+    if (engine.model["moe"] or {}).get("num_experts") != (checkpoint.config.moe and checkpoint.config.moe.num_experts):
+        raise GateworkError("engine and reference differ in their experts")
 
 
 def _default_bounds(engine: Engine) -> Bounds:
@@ -106,71 +125,139 @@ def _default_bounds(engine: Engine) -> Bounds:
     return DEFAULT_BOUNDS[precision]
 
 
-@dataclass(slots=True)
-class _Run:
-    """Both models at work, and what has been compared so far."""
+def _format(engine: Engine) -> Format:
+    """The number formats of an engine for ONNX Runtime."""
+    from gatework.export.groups import DEFAULT_GROUPS
+    from gatework.export.rounding import UNITS, Format
 
-    reference: Reference
-    backend: Backend
-    chunk: int
+    precision, on_cpu = engine.manifest["precision"], engine.manifest["target"] == "cpu"
+    bits = {"int8": 8, "int4": 4}.get(precision, 0)
+    kind = {"fp32": "float32", "fp16": "float16"}.get(precision, "float32" if on_cpu else "bfloat16")
+    settings = engine.manifest["inputs"]["settings"]
+    group = settings["group_size"] or DEFAULT_GROUPS.get(precision, 0)
+    return Format(UNITS[kind], bits, group, dynamic=bool(bits) and on_cpu)
+
+
+def _run(engine: Engine, plan: Plan, recording: Recording, threads: int | None, progress: bool) -> float | None:
+    """Run the cases. Returns by how much the values given up inside change the logits; None where nothing is given up."""
+    from tqdm import tqdm
+
+    slots = min(engine.limits.max_batch, _MOST_SLOTS)
+    tapped = bool(recording.starts)
+    first = plan.cases[next(iter(recording.starts), 0)]
+    probe = first.ids[: max(min(first.chunk, first.prompt), 1)]
+    if tapped:
+        backend = open_backend(engine, max_batch=1, threads=threads)
+        shipped = np.array(backend.prefill(0, probe, 0))
+        del backend
+    taps = tap_names(engine.model) if tapped else []
+    backend = open_backend(engine, max_batch=slots, threads=threads, taps=taps)
+    difference = float(np.abs(backend.prefill(0, probe, 0) - shipped).max()) if tapped else None
+    with tqdm(total=plan.rows, unit="tok", desc="engine", disable=not progress, file=sys.stderr) as bar:
+        for group in plan.groups:
+            recording.run(backend, group, bar.update)
+    return difference
+
+
+@dataclass(slots=True)
+class _Findings:
+    """What the comparison has found so far."""
+
+    recording: Recording
+    model: dict[str, Any]
+    stages: list[Stage] = field(default_factory=list)
+    experts: Experts | None = None
     rows: dict[str, Comparison] = field(default_factory=lambda: {"prefill": Comparison(), "decode": Comparison()})
-    greedy: int = 0  # tokens compared
-    flips: list[tuple[float, str]] = field(default_factory=list)  # margin and place of each that differs
+    greedy: dict[int, list[bool]] = field(default_factory=dict)  # by case: whether each token is the reference's choice
+    flips: list[tuple[float, str]] = field(default_factory=list)  # margin and place of each that is not
     losses: dict[str, list[float]] = field(default_factory=lambda: {"reference": [], "engine": []})
 
-    def prompts(self, prompts: dict[str, list[int]], tokens: int, step: Callable[[int], object]) -> None:
-        """Prefill the prompts and decode the reference's greedy tokens."""
-        names, lengths = list(prompts), [len(ids) for ids in prompts.values()]
-        following = [self.reference.greedy(ids, tokens) for ids in prompts.values()]
-        sequences = [ids + after[:-1] for ids, after in zip(prompts.values(), following, strict=True)]
-        wanted = [self.reference.logits(ids) for ids in sequences]
-        for fed in feed(self.backend, sequences, lengths, self.chunk):
-            want = self._compare(fed, names, wanted)
-            for row, (i, at) in enumerate(zip(fed.sequences, fed.positions, strict=True)):
-                if at >= lengths[i] - 1:
-                    token = following[i][at - lengths[i] + 1]
-                    self._compare_token(want[row], fed.logits[row], token, Place(at + 1, names[i]))
-            step(fed.tokens)
+    def collect(self, checkpoint: Checkpoint, form: Format, progress: bool) -> None:
+        """Stream the reference and compare."""
+        from tqdm import tqdm
 
-    def windows(self, windows: dict[str, list[int]], step: Callable[[int], object]) -> None:
-        """Decode the windows from their first token on, then prefill them."""
-        items = list(windows.items())
-        for first in range(0, len(items), self.backend.max_batch):
-            names = [name for name, _ in items[first : first + self.backend.max_batch]]
-            sequences = [windows[name] for name in names]
-            wanted = [self.reference.logits(ids) for ids in sequences]
-            for fed in feed(self.backend, sequences, [0] * len(sequences), 1):
-                self._score(fed, sequences, self._compare(fed, names, wanted))
-                step(fed.tokens)
-            for fed in feed(self.backend, sequences, [len(ids) for ids in sequences], min(_WINDOW_CHUNK, self.chunk)):
-                self._compare(fed, names, wanted)
-                step(fed.tokens)
+        from gatework.export.layerwise import Compared, LayerwiseReference
 
-    def _compare(self, fed: Fed, names: list[str], wanted: list[np.ndarray]) -> np.ndarray:
-        """Compare a step's logits with the reference's, which are returned, [n, V]."""
-        places = list(zip(fed.sequences, fed.positions, strict=True))
-        want = np.stack([wanted[i][at] for i, at in places])
-        self.rows[fed.phase].add(want, fed.logits, [Place(at, names[i]) for i, at in places])
-        return want
+        cases = self.recording.cases
+        numbers: dict[tuple[int, ...], int] = {}
+        of_case = [numbers.setdefault(tuple(case.ids), len(numbers)) for case in cases]
+        reference = LayerwiseReference(checkpoint, list(numbers), [of_case[i] for i in self.recording.starts], form)
+        if self.model["moe"] is not None:
+            self.experts = Experts(self.model["moe"]["top_k"])
+        total = checkpoint.config.num_layers + 1
+        with tqdm(total=total, unit="layer", desc="reference", disable=not progress, file=sys.stderr) as bar:
+            for step in reference.steps(self.recording):
+                if isinstance(step, Compared):
+                    self._add_step(step)
+                else:
+                    bar.update()
+            for item in reference.logits(self.recording):
+                if isinstance(item, Compared):
+                    self._add_step(item)
+                    continue
+                number, start, want = item
+                for i in [i for i, other in enumerate(of_case) if other == number]:
+                    self._add_logits(i, start, want.numpy())
+            bar.update()
 
-    def _compare_token(self, want: np.ndarray, got: np.ndarray, token: int, place: Place) -> None:
-        self.greedy += 1
-        best = int(got.argmax())
-        if best != token:
-            margin = float(want[token] - want[best]) / float(np.abs(want).max())
-            self.flips.append((max(margin, 0.0), f"{place}: {best} instead of {token}"))
+    def _add_step(self, step: Any) -> None:
+        self.stages.append(judge(step, self.recording))
+        if step.tensor == "router" and self.experts is not None:
+            self.experts.add(step)
 
-    def _score(self, fed: Fed, sequences: list[list[int]], want: np.ndarray) -> None:
-        """Losses of the tokens that follow, in rows that are not their window's last."""
-        places = zip(fed.sequences, fed.positions, strict=True)
-        following = [(row, sequences[i][at + 1]) for row, (i, at) in enumerate(places) if at + 1 < len(sequences[i])]
-        if following:
-            rows, targets = zip(*following, strict=True)
-            for side, logits in (("reference", want), ("engine", fed.logits)):
-                self.losses[side] += negative_log_likelihood(logits[list(rows)], targets).tolist()
+    def _add_logits(self, i: int, start: int, want: np.ndarray) -> None:
+        """Compare the logits of a case at positions from `start` on with the reference's, [n, V]."""
+        case = self.recording.cases[i]
+        found, got = self.recording.logits[i].read(start, start + len(want))
+        want = want[found - start]
+        for phase, rows in self.rows.items():
+            chosen = [at for at, position in enumerate(found) if self.recording.phase(i, int(position)) == phase]
+            if chosen:
+                rows.add(want[chosen], got[chosen], [Place(int(found[at]), case.name) for at in chosen])
+        if case.greedy:
+            self._add_greedy(i, found, want, got)
+        elif case.prompt == 0:
+            followed = [row for row, at in enumerate(found) if at + 1 < len(case.ids)]
+            targets = [case.ids[found[row] + 1] for row in followed]
+            for side, logits in (("reference", want), ("engine", got)):
+                self.losses[side] += negative_log_likelihood(logits[followed], targets).tolist()
 
-    def checks(self, bounds: Bounds, *, has_text: bool) -> tuple[Check, ...]:
-        """Everything compared, judged."""
+    def _add_greedy(self, i: int, found: np.ndarray, want: np.ndarray, got: np.ndarray) -> None:
+        """Whether the engine's most likely tokens after a prompt are the reference's."""
+        case = self.recording.cases[i]
+        for at, theirs, ours in zip(found, want, got, strict=True):
+            if at < case.prompt - 1:
+                continue
+            token, best = int(theirs.argmax()), int(ours.argmax())
+            self.greedy.setdefault(i, []).append(token == best)
+            if token != best:
+                margin = float(theirs[token] - theirs[best]) / float(np.abs(theirs).max())
+                place = Place(int(at) + 1, case.name)
+                self.flips.append((max(margin, 0.0), f"{place}: {best} instead of {token}"))
+
+    def first_divergence(self) -> Divergence | None:
+        """The first step in the order of computation that rounding does not explain."""
+        stage = next((stage for stage in self.stages if not stage.passed), None)
+        if stage is None:
+            return None
+        case, position = self.recording.place(stage.row)
+        return Divergence(stage, self.recording.cases[case].name, position, self.recording.phase(case, position))
+
+    def step_checks(self, difference: float | None) -> list[Check]:
+        """Of the steps inside the layers."""
+        if difference is None:
+            return []
+        tight = max(self.stages, key=lambda stage: (not stage.passed, stage.share))
+        divergence = self.first_divergence()
+        compared = sum(stage.compared for stage in self.stages)
+        note = f"first divergence: {divergence}" if divergence else f"tightest: {tight}"
+        return [
+            Check("steps: share of the rounding bound", tight.share, 1.0, compared, note),
+            Check("steps: logits changed by observing them", difference, 0.0, 1),
+        ]
+
+    def logit_checks(self, bounds: Bounds, *, has_text: bool) -> list[Check]:
+        """Of what comes out, from the tokens on."""
         checks = [
             _row_check(f"{phase}: max relative error", rows.relative, np.max, bounds.relative, rows)
             for phase, rows in self.rows.items()
@@ -179,35 +266,62 @@ class _Run:
         for phase, rows in self.rows.items():
             checks.append(_row_check(f"{phase}: mean KL", rows.kl, np.mean, bounds.mean_kl, rows))
             checks.append(_row_check(f"{phase}: max KL", rows.kl, np.max, None, rows))
-        every = list(self.rows.values())
-        compared = sum(map(len, every))
-        checks.append(
-            Check("top-1 agreement", _reduced(np.mean, [x for rows in every for x in rows.top1]), None, compared)
-        )
-        checks.append(
-            Check("top-5 overlap", _reduced(np.mean, [x for rows in every for x in rows.top5]), None, compared)
-        )
+        top1, top5 = ([x for rows in self.rows.values() for x in getattr(rows, name)] for name in ("top1", "top5"))
+        share = _reduced(np.mean, top1)
+        checks.append(Check("top-1 disagreement", 1 - share, bounds.top1, len(top1), f"{share:.1%} the same"))
+        share = _reduced(np.mean, top5)
+        checks.append(Check("top-5 disagreement", 1 - share, None, len(top5), f"{share:.1%} the same"))
         if has_text:
             ours, theirs = perplexity(self.losses["engine"]), perplexity(self.losses["reference"])
             note = f"{ours:.4f}, reference {theirs:.4f}"
             checks.append(
                 Check("perplexity change", abs(ours / theirs - 1), bounds.perplexity, len(self.losses["engine"]), note)
             )
-        return tuple(checks)
+        return checks
 
     def _greedy_check(self, bound: float | None) -> Check:
-        note = f"{self.greedy - len(self.flips)} of {self.greedy} tokens the same"
+        same = [x for tokens in self.greedy.values() for x in tokens]
+        note = f"{sum(same)} of {len(same)} tokens the same"
         if self.flips:
             note += f"; {max(self.flips)[1]}"
         margin = max((margin for margin, _ in self.flips), default=0.0)
-        return Check("greedy tokens: margin of a flip", margin, bound, self.greedy, note)
+        return Check("greedy tokens: margin of a flip", margin, bound, len(same), note)
+
+    def quality(self, *, has_text: bool) -> dict[str, Any]:
+        """Figures of the logits, for the report."""
+        every = list(self.rows.values())
+        kl = np.array([x for rows in every for x in rows.kl])
+        kl = kl[np.isfinite(kl)]
+        counts, edges = np.histogram(np.log10(np.maximum(kl, 1e-12)), _BINS)
+        points = dict(zip(("p50", "p90", "p99", "max"), np.quantile(kl, (0.5, 0.9, 0.99, 1.0)).tolist(), strict=True))
+        return {
+            "perplexity": _finite({side: perplexity(losses) for side, losses in self.losses.items()})
+            if has_text
+            else None,
+            "kl": {"mean": float(kl.mean())} | points if len(kl) else None,
+            "kl_histogram": {"edges": np.power(10, edges).tolist(), "counts": counts.tolist()},
+            "top1": _reduced(np.mean, [x for rows in every for x in rows.top1]),
+            "top5": _reduced(np.mean, [x for rows in every for x in rows.top5]),
+            "greedy_match": [
+                {"sequence": self.recording.cases[i].name, "matched": [*same, False].index(False), "of": len(same)}
+                for i, same in self.greedy.items()
+            ],
+        }
 
     def facts(self, *, has_text: bool) -> dict[str, Any]:
         """For the report."""
-        if not has_text:
-            return {}
-        values = {side: perplexity(losses) for side, losses in self.losses.items()}
-        return {f"perplexity_{side}": value if math.isfinite(value) else None for side, value in values.items()}
+        facts: dict[str, Any] = {}
+        if self.experts is not None and self.experts.agreement:
+            share = f"{np.mean(self.experts.agreement):.2%} agree with the reference's own run"
+            facts["experts"] = f"{share}; {self.experts.flips} tokens differ, {self.experts.faults} beyond a near tie"
+        if has_text:
+            values = {f"perplexity_{side}": perplexity(losses) for side, losses in self.losses.items()}
+            facts |= _finite(values)
+        return facts
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _row_check(
@@ -226,6 +340,6 @@ def _row_check(
     return replace(check, note=note)
 
 
-def _reduced(reduce: Callable[[list[float]], float], values: list[float]) -> float:
+def _reduced(reduce: Callable[[list[float]], float], values: list[Any]) -> float:
     """np.max or np.mean, both of which pass NaN on; NaN for nothing."""
     return float(reduce(values)) if values else math.nan

@@ -1,8 +1,8 @@
-"""Feeding an engine given tokens (teacher forcing), through the same prefill and decode steps that generation takes."""
+"""Feeding an engine given tokens, through the same prefill and decode steps that generation takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,44 +11,76 @@ import numpy as np
 from gatework.runtime.scheduler import Backend
 
 
+@dataclass(slots=True)
+class Case:
+    """One sequence for the engine.
+
+    ids: its tokens. prompt: how many of them are prefilled, `chunk` at a time; the others are decoded one by one.
+    length: tokens to run in all; where `ids` has fewer, the engine's own most likely ones are appended as it goes.
+    greedy: the most likely token after the prompt, and after each that follows, is of interest.
+    tapped: every step is to be compared, not the logits alone.
+    """
+
+    name: str
+    ids: list[int]
+    prompt: int
+    chunk: int
+    length: int
+    greedy: bool = False
+    tapped: bool = False
+
+    def follow(self, logits: np.ndarray) -> None:
+        """Append the most likely token after the last one, unless there are enough."""
+        if len(self.ids) < self.length:
+            self.ids.append(int(logits.argmax()))
+
+
 @dataclass(frozen=True, slots=True)
 class Fed:
-    """What one step gave: row i of logits [n, V] follows token `positions[i]` of sequence `sequences[i]`.
+    """What one step gave: row i of logits [n, V] follows token `positions[i]` of case `cases[i]`.
 
     The next step overwrites the logits. tokens: how many the step ran.
     """
 
     phase: Literal["prefill", "decode"]
-    sequences: list[int]
+    cases: list[int]
     positions: list[int]
     logits: np.ndarray
     tokens: int
 
 
-def feed(backend: Backend, sequences: Sequence[Sequence[int]], prompts: Sequence[int], chunk: int) -> Iterator[Fed]:
-    """Run all sequences, in batches as large as the backend takes.
+def feed(backend: Backend, cases: Sequence[Case], finished: Callable[[int, int], None]) -> Iterator[Fed]:
+    """Run all cases, in batches as large as the backend takes; `finished` gets the slot and number of each that is through.
 
-    Of sequence i the first prompts[i] tokens are prefilled, `chunk` at a time, which gives the logits after each chunk's
-    last token; the others are decoded one by one, in a batch whose rows stand at different positions. The longest rest
-    goes to slot 0, so that the slots in use are always the first ones.
+    Decoding goes in a batch whose rows stand at different positions. The longest rest goes to slot 0, so that the slots in
+    use are always the first ones.
     """
-    order = sorted(range(len(sequences)), key=lambda i: prompts[i] - len(sequences[i]))
+    order = sorted(range(len(cases)), key=lambda i: cases[i].prompt - cases[i].length)
     for first in range(0, len(order), backend.max_batch):
         group = order[first : first + backend.max_batch]
         for slot, i in enumerate(group):
-            for start in range(0, prompts[i], chunk):
-                tokens = list(sequences[i][start : min(start + chunk, prompts[i])])
-                logits = backend.prefill(slot, tokens, start)
-                yield Fed("prefill", [i], [start + len(tokens) - 1], np.atleast_2d(logits)[-1:], len(tokens))
-        yield from _decode(backend, sequences, prompts, group)
+            yield from _prefill(backend, slot, i, cases[i])
+        yield from _decode(backend, cases, group)
+        for slot, i in enumerate(group):
+            finished(slot, i)
 
 
-def _decode(
-    backend: Backend, sequences: Sequence[Sequence[int]], prompts: Sequence[int], group: list[int]
-) -> Iterator[Fed]:
+def _prefill(backend: Backend, slot: int, i: int, case: Case) -> Iterator[Fed]:
+    for start in range(0, case.prompt, case.chunk):
+        tokens = case.ids[start : min(start + case.chunk, case.prompt)]
+        logits = np.atleast_2d(backend.prefill(slot, tokens, start))[-1:]
+        if start + len(tokens) == len(case.ids):
+            case.follow(logits[0])
+        yield Fed("prefill", [i], [start + len(tokens) - 1], logits, len(tokens))
+
+
+def _decode(backend: Backend, cases: Sequence[Case], group: list[int]) -> Iterator[Fed]:
     step = 0
-    while rows := [i for i in group if prompts[i] + step < len(sequences[i])]:
-        positions = [prompts[i] + step for i in rows]
-        logits = backend.decode([sequences[i][at] for i, at in zip(rows, positions, strict=True)], positions)
+    while rows := [i for i in group if cases[i].prompt + step < len(cases[i].ids)]:
+        positions = [cases[i].prompt + step for i in rows]
+        logits = backend.decode([cases[i].ids[at] for i, at in zip(rows, positions, strict=True)], positions)
+        for i, at, row in zip(rows, positions, logits, strict=True):
+            if at + 1 == len(cases[i].ids):
+                cases[i].follow(row)
         yield Fed("decode", rows, positions, logits, len(rows))
         step += 1

@@ -1,7 +1,8 @@
-"""What a verification runs through both models: prompts, and windows of a text or of random tokens."""
+"""What a verification runs through an engine: prompts, and windows of a text or of random tokens."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,52 +12,57 @@ import numpy as np
 from gatework.plugins.errors import GateworkError
 from gatework.runtime.engine import Engine
 from gatework.runtime.tokenizer import load_tokenizer
+from gatework.runtime.verify.feed import Case
 from gatework.runtime.verify.perplexity import windows
 
 _LONGEST_PROMPT = 1024
 _LEAST_TEXT = 256
 _TEXT_HEAD = 32
 _RANDOM_WINDOWS = 4
+_WINDOW_CHUNK = 32  # prefill step for windows, so that each gives several rows
+_MOST_TAPPED = 1024  # tokens; every step of theirs is kept, and computed several times by the reference
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Prompts and windows of token ids, by name.
+    """Sequences for the engine.
 
-    tokens: greedy tokens that follow each prompt.
+    cases: prompts, windows to decode, the same windows to prefill. groups: their numbers, in the order of the runs.
     """
 
-    prompts: dict[str, list[int]]
-    windows: dict[str, list[int]]
-    tokens: int
-
-    @property
-    def longest(self) -> int:
-        """Positions that the longest sequence takes."""
-        lengths = [len(ids) + self.tokens - 1 for ids in self.prompts.values()]
-        return max([1, *lengths, *(len(ids) for ids in self.windows.values())])
+    cases: list[Case]
+    groups: tuple[range, ...]
 
     @property
     def rows(self) -> int:
-        """Tokens to run through both."""
-        return sum(len(ids) + self.tokens for ids in self.prompts.values()) + 2 * sum(map(len, self.windows.values()))
+        """Tokens to run."""
+        return sum(case.length for case in self.cases)
 
     def facts(self, engine: Engine) -> dict[str, Any]:
         """For the report."""
+        prompts, windows = ([self.cases[i] for i in group] for group in self.groups[:2])
+        tapped = sum(case.length for case in self.cases if case.tapped)
         facts: dict[str, Any] = {
-            "prompts": ", ".join(f"{name} of {len(ids)}" for name, ids in self.prompts.items()),
-            "windows": f"{len(self.windows)} of up to {max(map(len, self.windows.values()), default=0)} tokens",
+            "prompts": ", ".join(f"{case.name} of {case.prompt}" for case in prompts),
+            "windows": f"{len(windows)} of up to {max((case.length for case in windows), default=0)} tokens",
+            "steps": f"of {tapped} tokens" if tapped else "none: a plan shows no values inside",
         }
         reach = engine.model.get("sliding_window")
-        if reach is not None and self.longest <= reach:
+        if reach is not None and max(case.length for case in self.cases) <= reach:
             facts["not_covered"] = f"the sliding window of {reach}: no sequence here is longer"
         return facts
 
 
 def make_plan(
-    engine: Engine, text: str | None, prompts: Sequence[str | Sequence[int]] | None, tokens: int, window: int
+    engine: Engine,
+    text: str | None,
+    prompts: Sequence[str | Sequence[int]] | None,
+    tokens: int,
+    window: int,
+    *,
+    taps: bool,
 ) -> Plan:
-    """The arguments of `verify` as token ids that fit the engine."""
+    """The arguments of `verify` as token ids that fit the engine; with `taps` some of the cases are tapped."""
     if tokens < 1 or window < 2:
         raise GateworkError("nothing to compare", got=f"tokens={tokens}, window={window}", expected="at least 1 and 2")
     max_seq = engine.limits.max_seq
@@ -82,7 +88,31 @@ def make_plan(
     else:
         parts = windows(text_ids, width)
     kind = "random window" if text is None else "window"
-    return Plan(chosen, {f"{kind} {n}": ids for n, ids in enumerate(parts, start=1)}, tokens)
+    return _plan(engine, chosen, {f"{kind} {n}": ids for n, ids in enumerate(parts, start=1)}, tokens, taps=taps)
+
+
+def _plan(
+    engine: Engine, prompts: dict[str, list[int]], windows: dict[str, list[int]], tokens: int, *, taps: bool
+) -> Plan:
+    chunk = engine.limits.prefill_chunk
+    cases = [Case(name, ids, len(ids), chunk, len(ids) + tokens - 1, greedy=True) for name, ids in prompts.items()]
+    cases += [Case(name, ids, 0, 1, len(ids)) for name, ids in windows.items()]
+    cases += [Case(name, ids, len(ids), min(_WINDOW_CHUNK, chunk), len(ids)) for name, ids in windows.items()]
+    ends = (0, len(prompts), len(prompts) + len(windows), len(cases))
+    groups = tuple(range(first, end) for first, end in itertools.pairwise(ends))
+    if taps:
+        _tap(cases, [*groups[0], *itertools.chain(*zip(*groups[1:], strict=True))])
+    return Plan(cases, groups)
+
+
+def _tap(cases: list[Case], order: list[int]) -> None:
+    """Choose cases whose steps are to be compared: the first ones, until there are tokens enough."""
+    total = 0
+    for i in order:
+        if total and total + cases[i].length > _MOST_TAPPED:
+            break
+        cases[i].tapped = True
+        total += cases[i].length
 
 
 def _encode(engine: Engine, text: str) -> list[int]:

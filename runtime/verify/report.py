@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gatework.runtime.formatting import table
+from gatework.runtime.verify.stages import Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +56,45 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where an engine first does something else than its reference would with the same input."""
+
+    stage: Stage
+    sequence: str
+    position: int
+    phase: str
+
+    def __str__(self) -> str:
+        stage, note = self.stage, f": {self.stage.note}" if self.stage.note else ""
+        where = f"{self.sequence}, position {self.position} ({self.phase})"
+        return f"{stage}, {where}{note}; error {stage.observed:.2g}, bound {stage.bound:.2g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        stage = self.stage.to_dict()
+        kept = {name: stage[name] for name in ("layer", "tensor", "observed", "bound", "note")}
+        return kept | {"sequence": self.sequence, "position": self.position, "phase": self.phase}
+
+
+@dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """All checks of one engine; `facts` says what they were made with."""
+    """All that is known of one engine.
+
+    stages: every step of the tapped tokens, in order of computation. first_divergence: the first of them that failed.
+    experts: see `routing.Experts`; None for a dense model, or without steps. quality: figures of the logits.
+    facts: what all this was made with.
+    """
 
     engine: str
     reference: str
+    target: str
     precision: str
+    model: dict[str, Any]
     checks: tuple[Check, ...]
+    stages: tuple[Stage, ...]
+    first_divergence: Divergence | None
+    experts: dict[str, Any] | None
+    quality: dict[str, Any]
     facts: dict[str, Any]
 
     @property
@@ -69,18 +102,47 @@ class VerifyReport:
         """Whether every check passed, and at least one had a bound."""
         return all(check.passed for check in self.checks) and any(check.bound is not None for check in self.checks)
 
+    @property
+    def summary(self) -> str:
+        """The verdict in a line."""
+        if self.passed:
+            judged = sum(check.bound is not None for check in self.checks)
+            return f"passed: {judged} checks within their bounds" + (
+                f", {len(self.stages)} steps explained by rounding" if self.stages else ""
+            )
+        if self.first_divergence is not None:
+            return f"FAILED: first divergence in {self.first_divergence}"
+        return "FAILED: " + ", ".join(check.name for check in self.checks if not check.passed)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
+        moe = self.model.get("moe") or {}
+        model = {name: self.model.get(name) for name in ("family", "num_layers")}
+        model |= {name: moe.get(name) for name in ("num_experts", "top_k")}
         return {
             "engine": self.engine,
             "reference": self.reference,
+            "target": self.target,
             "precision": self.precision,
+            "model": model,
             "passed": self.passed,
+            "summary": self.summary,
+            "first_divergence": None if self.first_divergence is None else self.first_divergence.to_dict(),
             "checks": [check.to_dict() for check in self.checks],
+            "stages": [stage.to_dict() for stage in self.stages],
+            "experts": self.experts,
+            "quality": self.quality,
             "facts": self.facts,
         }
 
     def __str__(self) -> str:
+        parts = [f"{self.engine} ({self.target} {self.precision}) against {self.reference}", self._checks()]
+        if self.stages:
+            parts.append(self._stages())
+        parts.append("\n".join(f"{name.replace('_', ' ')}: {_shown(value)}" for name, value in self.facts.items()))
+        return "\n\n".join([*parts, self.summary])
+
+    def _checks(self) -> str:
         rows = [("check", "observed", "bound", "passes at", "compared", "", "")]
         for check in self.checks:
             judged = check.bound is not None or not check.passed
@@ -90,10 +152,20 @@ class VerifyReport:
             rows.append(
                 (check.name, f"{check.observed:.4g}", bound, needed, f"{check.compared:,}", verdict, check.note)
             )
-        facts = "\n".join(f"{name.replace('_', ' ')}: {_shown(value)}" for name, value in self.facts.items())
-        verdict = "passed" if self.passed else "FAILED"
-        head = f"{self.engine} ({self.precision}) against {self.reference}"
-        return f"{head}\n\n{table(rows, '<>>>><<')}\n\n{facts}\n\n{verdict}"
+        return table(rows, "<>>>><<")
+
+    def _stages(self) -> str:
+        """Of every tensor the layer that comes closest to its bound, or is furthest beyond it."""
+        rows: list[tuple[str, ...]] = [("step", "layers", "error", "expected", "bound", "accumulated", "tightest", "")]
+        for tensor in dict.fromkeys(stage.tensor for stage in self.stages):
+            same = [stage for stage in self.stages if stage.tensor == tensor]
+            tight = max(same, key=lambda stage: (not stage.passed, stage.share))
+            failed = [str(stage.layer) for stage in same if not stage.passed and stage.layer is not None]
+            verdict = "ok" if all(stage.passed for stage in same) else f"FAILED {', '.join(failed)}".rstrip()
+            numbers = (tight.local, tight.expected, tight.bound, tight.accumulated)
+            place = "" if tight.layer is None else f"layer {tight.layer}"
+            rows.append((tensor, str(len(same)), *(f"{number:.2g}" for number in numbers), place, verdict))
+        return table(rows, "<>>>>>><")
 
 
 def _shown(value: object) -> str:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from gatework.runtime.backends.ort import OrtBackend
 from gatework.runtime.cli import main
 from gatework.runtime.verify import DEFAULT_BOUNDS, Bounds, Check, VerifyReport, verify
 from gatework.runtime.verify.compare import Comparison, Place, kl_divergence, relative_error, top_overlap
-from gatework.runtime.verify.feed import feed
+from gatework.runtime.verify.feed import Case, feed
 from gatework.runtime.verify.perplexity import negative_log_likelihood, perplexity, windows
 from tests.checkpoints import make_checkpoint, reference_model
 
@@ -78,8 +78,9 @@ def test_quantised_engines_pass(tiny: dict[str, Path], precision: str) -> None:
     assert report.passed, str(report)
     assert report.precision == precision
     judged = [check.name for check in report.checks if check.bound is not None]
-    assert judged == ["prefill: mean KL", "decode: mean KL", "perplexity change"]
-    assert named(report, "top-1 agreement").observed > 0.85
+    steps = ["steps: share of the rounding bound", "steps: logits changed by observing them"]
+    assert judged == [*steps, "prefill: mean KL", "decode: mean KL", "perplexity change"]
+    assert named(report, "top-1 disagreement").observed < 0.15
 
 
 @torch.inference_mode()
@@ -176,7 +177,7 @@ def test_faults_in_quantised_engines_fail(tmp_path: Path, fault: Callable[..., N
     engine = build_engine(alter(TINY, tmp_path, fault), tmp_path / "engine", precision="int8", max_seq=256)
     report = verify(engine, TINY, check_fingerprint=False, tokens=8)
     assert not report.passed
-    assert not named(report, "decode: mean KL").passed
+    assert not named(report, "steps: share of the rounding bound").passed
 
 
 # ---- planted faults: a sound engine, run wrongly
@@ -189,11 +190,8 @@ def sound(sound_engines: Callable[[str], tuple[Path, Path]]) -> tuple[Path, Path
 
 
 def decode_position_late(self: OrtBackend, tokens: list[int], positions: list[int]) -> np.ndarray:
-    step = self._bind(0, len(tokens), 1)
-    shifted = np.array([max(position - 1, 0) for position in positions])
-    step.ids[:], step.write_indices[:], step.positions[:] = np.array(tokens)[:, None], shifted, shifted[:, None]
-    self.session.run_with_iobinding(step.binding)
-    return step.logits[:, -1]
+    ids, starts = np.array(tokens)[:, None], np.array([max(position - 1, 0) for position in positions])
+    return self._decode(0, ids, starts)
 
 
 def prefill_without_the_past(self: OrtBackend, slot: int, tokens: list[int], start: int) -> np.ndarray:
@@ -209,7 +207,8 @@ def prefill_into_slot_0(self: OrtBackend, slot: int, tokens: list[int], start: i
 
 
 def decode_nothing_but_nan(self: OrtBackend, tokens: list[int], positions: list[int]) -> np.ndarray:
-    return np.full((len(tokens), self._vocab_size), np.nan, np.float32)
+    logits = self._decode(0, np.array(tokens)[:, None], np.array(positions))
+    return np.full_like(logits, np.nan)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +284,9 @@ def test_a_text_too_short_to_judge_by_is_refused(tiny: dict[str, Path], text: st
 
 def test_a_report_without_bounds_does_not_pass(sound: tuple[Path, Path]) -> None:
     path, engine = sound
-    assert not verify(engine, path, tokens=2, bounds=Bounds()).passed
+    report = verify(engine, path, tokens=2, bounds=Bounds())
+    assert report.passed  # the steps have bounds of their own
+    assert not replace(report, checks=tuple(check for check in report.checks if check.bound is None)).passed
 
 
 def test_window_that_no_sequence_reaches_is_named(tmp_path: Path) -> None:
@@ -306,12 +307,12 @@ def test_command(
     argv = [str(word) for word in command]
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert out.endswith("passed\n")
+    assert "\n\npassed: " in out
     assert "perplexity change" in out
     assert json.loads(report.read_text())["passed"] is True
     monkeypatch.setitem(DEFAULT_BOUNDS, "int8", Bounds(mean_kl=1e-9))
     assert main(argv) == 1
-    assert capsys.readouterr().out.endswith("FAILED\n")
+    assert "\n\nFAILED: prefill: mean KL, decode: mean KL" in capsys.readouterr().out
     written = json.loads(report.read_text())
     assert written["passed"] is False
     failed = [check for check in written["checks"] if not check["passed"]]
@@ -409,8 +410,13 @@ class Recorder:
 def test_feed() -> None:
     """The longest rest in slot 0, the others leave from the end; groups as large as the backend takes."""
     backend = Recorder()
-    sequences = [[10, 11, 12], [20, 21, 22, 23, 24], [30, 31]]
-    fed = list(feed(backend, sequences, [2, 3, 2], chunk=2))
+    cases = [
+        Case("a", [10, 11, 12], 2, 2, 3),
+        Case("b", [20, 21, 22, 23, 24], 3, 2, 5),
+        Case("c", [30, 31], 2, 2, 2),
+    ]
+    through: list[tuple[int, int]] = []
+    fed = list(feed(backend, cases, lambda slot, i: through.append((slot, i))))
     assert backend.calls == [
         ("prefill", 0, [20, 21], 0),
         ("prefill", 0, [22], 2),
@@ -419,7 +425,7 @@ def test_feed() -> None:
         ("decode", [24], [4]),
         ("prefill", 0, [30, 31], 0),
     ]
-    assert [(step.phase, step.sequences, step.positions, step.tokens) for step in fed] == [
+    assert [(step.phase, step.cases, step.positions, step.tokens) for step in fed] == [
         ("prefill", [1], [1], 2),
         ("prefill", [1], [2], 1),
         ("prefill", [0], [1], 2),
@@ -427,4 +433,14 @@ def test_feed() -> None:
         ("decode", [1], [4], 1),
         ("prefill", [2], [1], 2),
     ]
-    assert all(step.logits.shape == (len(step.sequences), 4) for step in fed)
+    assert all(step.logits.shape == (len(step.cases), 4) for step in fed)
+    assert through == [(0, 1), (1, 0), (0, 2)]
+
+
+def test_feed_goes_on_by_the_engines_own_choice() -> None:
+    backend = Recorder()
+    case = Case("a", [10, 11], 2, 8, 5, greedy=True)
+    fed = list(feed(backend, [case], lambda slot, i: None))
+    assert len(case.ids) == 5
+    assert case.ids[2:] == [int(step.logits[0].argmax()) for step in fed[:3]]
+    assert [step.positions for step in fed] == [[1], [2], [3], [4]]

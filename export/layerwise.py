@@ -1,0 +1,275 @@
+"""The reference one layer at a time: its own run over given tokens, and each step of it on an engine's own inputs.
+
+The first says how far an engine has strayed; the second where error enters: what the engine computed at every step, against
+what the reference makes of exactly the values that the engine had before that step. Memory holds one layer's attention, one
+expert, and the activations.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gatework.export.checkpoint import Checkpoint
+from gatework.export.decoder import Layer, MoE, Step, attention_mask, moe_attributes, norm, rope_tables
+from gatework.export.reference import load_weights
+from gatework.export.rounding import Format, Rounding
+from gatework.plugins.moe import torch_op
+
+_DRAWS = 2  # of rounding, per value
+_LOGIT_ROWS = 64
+
+
+class Recorded(Protocol):
+    """What an engine computed, by the names of `layer_taps`, and `embedding`, `layers.{i}.key` and `.value`."""
+
+    def rows(self, name: str) -> tuple[Tensor, Tensor]:
+        """Which rows there are [n] int64, ascending, and the rows [n, d] float32."""
+
+
+class Compared(NamedTuple):
+    """A step of the engine, compared.
+
+    rows: [n] of the tapped tokens. got: what the engine computed, [n, d]. want: what the reference makes of the engine's
+    inputs. noise: [n] expected norm of what rounding adds to a row. own: the same rows of the reference's own run.
+    """
+
+    layer: int | None
+    tensor: str
+    rows: Tensor
+    got: Tensor
+    want: Tensor
+    noise: Tensor
+    own: Tensor
+
+
+@dataclass(slots=True)
+class _Run:
+    """Hidden states on their way through the layers: [1, n, D], spans of sequences, and what the layers need to know."""
+
+    hidden: Tensor
+    spans: list[tuple[int, int]]
+    step: Step
+    masks: list[Tensor]
+
+
+class LayerwiseReference:
+    """A checkpoint's decoder over several sequences.
+
+    Args:
+        sequences: token ids, each from an empty cache.
+        tapped: the sequences, by number, whose steps the engine recorded, in the order of its rows; may repeat.
+        form: the engine's number formats.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], tapped: Sequence[int], form: Format
+    ) -> None:
+        self.checkpoint, self.config, self._form = checkpoint, checkpoint.config, form
+        self._generator = torch.Generator().manual_seed(0)
+        self._sequences, self._tapped = sequences, tapped
+        self._tables = rope_tables(self.config, max(map(len, sequences)))
+        self._own = self._start(range(len(sequences)))
+        starts = [span[0] for span in self._own.spans]
+        parts = [torch.arange(len(sequences[j])) + starts[j] for j in tapped]
+        self._places = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)  # of tapped rows in the own run
+
+    def _start(self, chosen: Sequence[int]) -> _Run:
+        """The chosen sequences, embedded."""
+        ids = [torch.tensor(list(self._sequences[j])) for j in chosen]
+        ends = torch.tensor([0, *map(len, ids)]).cumsum(0).tolist()
+        spans = list(itertools.pairwise(ends))
+        positions = torch.cat([torch.arange(len(part)) for part in ids])[None]
+        step = Step(self.config, positions, positions[:, 0], *self._tables)
+        masks = [attention_mask(self.config, positions[:, a:b], b - a) for a, b in spans]
+        table = self.checkpoint.read("embed.weight")
+        return _Run(table[torch.cat(ids)][None].float(), spans, step, masks)
+
+    @torch.inference_mode()
+    def steps(self, engine: Recorded) -> Iterator[Compared | int]:
+        """Every step up to the last layer's output, in order of computation, and the number of each layer that is through."""
+        local = self._start(self._tapped) if self._tapped else None
+        if local is not None:
+            exact = local.hidden[0]
+            yield self._compare(engine, None, "embedding", self._embedding_noise(exact), self._own.hidden[0])
+            local.hidden = engine.rows("embedding")[1][None]
+        for i in range(self.config.num_layers):
+            yield from self._layer(i, local, engine)
+            yield i
+
+    def _embedding_noise(self, rows: Tensor) -> Callable[[Rounding | None], Tensor]:
+        return lambda rounding: rows if rounding is None else rounding.weight(rows)
+
+    def _layer(self, i: int, local: _Run | None, engine: Recorded) -> Iterator[Compared]:
+        config, prefix, own = self.config, f"layers.{i}.", self._own
+        with torch.device("meta"):
+            layer = Layer(config).eval()
+        for name in ("attn_norm", "attn", "ffn_norm"):
+            load_weights(layer.get_submodule(name), self.checkpoint, f"{prefix}{name}.")
+        q, k, v = layer.attn.project(layer.attn_norm(own.hidden), own.step)
+        read = _read(layer, q, k, v, own)
+        attended = layer.attn.o(read)
+        middle = own.hidden + attended
+        if local is not None:
+            x = local.hidden
+
+            def projected(at: int) -> Callable[[Rounding | None], Tensor]:
+                return lambda rounding: _flat(layer.attn.project(layer.attn_norm(x), local.step)[at])
+
+            yield self._compare(engine, i, "key", projected(1), _flat(k))
+            yield self._compare(engine, i, "value", projected(2), _flat(v))
+            keys, values = (
+                engine.rows(f"{prefix}{kind}")[1][None].unflatten(-1, (config.num_kv_heads, -1)).transpose(1, 2)
+                for kind in ("key", "value")
+            )
+
+            def contexts(rounding: Rounding | None) -> Tensor:
+                queries, *_ = layer.attn.project(layer.attn_norm(x), local.step)
+                y = _read(layer, queries, keys, values, local)[0]
+                return (
+                    y if rounding is None else rounding.sum_of(y, _read(layer, queries, keys, values.abs(), local)[0])
+                )
+
+            yield self._compare(engine, i, "context", contexts, read[0])
+            engine_context = engine.rows(f"{prefix}context")[1]
+            yield self._compare(engine, i, "attention", lambda _: layer.attn.o(engine_context), attended[0])
+            engine_attention = engine.rows(f"{prefix}attention")[1]
+            yield self._compare(engine, i, "residual", _sum(x[0], engine_attention), middle[0])
+        yield from self._feed_forward(i, layer, middle, engine, tapped=local is not None)
+        if local is not None:
+            found, output = engine.rows(f"{prefix}output")
+            local.hidden = torch.zeros_like(local.hidden)
+            local.hidden[0, found] = output
+
+    def _feed_forward(
+        self, i: int, layer: Layer, middle: Tensor, engine: Recorded, *, tapped: bool
+    ) -> Iterator[Compared]:
+        """The second half of a layer; moves the own run on."""
+        config, prefix = self.config, f"layers.{i}."
+        own_x = layer.ffn_norm(middle)[0]
+        residual = engine.rows(f"{prefix}residual")[1] if tapped else None
+        if config.moe is None:
+            mlp = layer.get_submodule("mlp")
+            load_weights(mlp, self.checkpoint, f"{prefix}mlp.")
+            branch = mlp(own_x)
+            if residual is not None:
+                yield self._compare(engine, i, "mlp", lambda _: mlp(layer.ffn_norm(residual)), branch)
+        else:
+            moe = cast(MoE, layer.moe)
+            load_weights(moe.router, self.checkpoint, f"{prefix}moe.router.")
+            own_logits = moe.router(own_x)
+            if residual is None:
+                (branch,) = self._experts(i, [(own_x, own_logits, None)])
+            else:
+                yield self._compare(
+                    engine, i, "router", lambda _: moe.router(layer.ffn_norm(residual)), own_logits, self._form.floats
+                )
+                rows, logits = engine.rows(f"{prefix}router")
+                x = layer.ffn_norm(residual)[rows]
+                roundings = [Rounding(self._form, self._generator) for _ in range(_DRAWS)]
+                branch, want, *off = self._experts(
+                    i, [(own_x, own_logits, None), (x, logits, None), *((x, logits, each) for each in roundings)]
+                )
+                noise = torch.stack([(y - want).square().sum(-1) for y in off]).mean(0).sqrt()
+                got = engine.rows(f"{prefix}experts")[1]
+                yield Compared(i, "experts", rows, got, want, noise, branch[self._places[rows]])
+        self._own.hidden = middle + branch[None]
+        if residual is not None:
+            found, added = engine.rows(f"{prefix}{'mlp' if config.moe is None else 'experts'}")
+            yield self._compare(engine, i, "output", _sum(residual[found], added), self._own.hidden[0], rows=found)
+
+    def _experts(self, i: int, runs: list[tuple[Tensor, Tensor, Rounding | None]]) -> list[Tensor]:
+        """The MoE's output [T, D] for each run: tokens [T, D], router logits [T, E], and the rounding of its products."""
+        attributes = moe_attributes(self.config)
+        routes = [torch_op.route(logits, attributes) for _, logits, _ in runs]
+        outputs = [torch.zeros_like(x) for x, *_ in runs]
+        weights = (self.checkpoint.parts(f"layers.{i}.moe.{name}") for name in ("w_in", "w_out"))
+        for e, (w_in, w_out) in enumerate(zip(*weights, strict=True)):
+            w_in, w_out = w_in.float(), w_out.float()
+            for (x, _, rounding), (chosen, shares), y in zip(runs, routes, outputs, strict=True):
+                rows, choice = (chosen == e).nonzero(as_tuple=True)
+                if not len(rows):
+                    continue
+                if rounding is None:
+                    out = torch_op.expert(x[rows], w_in, w_out, attributes)
+                else:
+                    with rounding:
+                        out = torch_op.expert(x[rows], w_in, w_out, attributes)
+                y.index_add_(0, rows, shares[rows, choice][:, None] * out)
+        return outputs
+
+    @torch.inference_mode()
+    def logits(self, engine: Recorded) -> Iterator[Compared | tuple[int, int, Tensor]]:
+        """After `steps`: logits of the own run, as sequence, first position, [n, V]; and the engine's last step of all."""
+        config = self.config
+        with torch.device("meta"):
+            last = norm(config).eval()
+        load_weights(last, self.checkpoint, "norm.")
+        name = "embed.weight" if config.tie_embeddings else "lm_head.weight"
+        head = self.checkpoint.read(name).float()
+        for j, (first, end) in enumerate(self._own.spans):
+            for start in range(first, end, _LOGIT_ROWS):
+                hidden = self._own.hidden[0, start : min(start + _LOGIT_ROWS, end)]
+                yield j, start - first, F.linear(last(hidden), head)
+        if self._tapped:
+            rows, output = engine.rows(f"layers.{config.num_layers - 1}.output")
+            want, noise = self._draws(lambda _: F.linear(last(output), head), self._form.head)
+            found, got = engine.rows("logits")
+            at = torch.searchsorted(rows, found)
+            own = F.linear(last(self._own.hidden[0, self._places[found]]), head)
+            yield Compared(None, "logits", found, got, want[at], noise[at], own)
+
+    def _compare(
+        self,
+        engine: Recorded,
+        layer: int | None,
+        tensor: str,
+        work: Callable[[Rounding | None], Tensor],
+        own: Tensor,
+        form: Format | None = None,
+        *,
+        rows: Tensor | None = None,
+    ) -> Compared:
+        """One step. `work` gives the tapped rows [n, d], all of them or those of `rows`."""
+        found, got = engine.rows(tensor if layer is None else f"layers.{layer}.{tensor}")
+        want, noise = self._draws(work, form or self._form)
+        if rows is None:
+            want, noise = want[found], noise[found]
+        return Compared(layer, tensor, found, got, want, noise, own[self._places[found]])
+
+    def _draws(self, work: Callable[[Rounding | None], Tensor], form: Format) -> tuple[Tensor, Tensor]:
+        """What `work` returns without rounding, [n, d], and the expected norm [n] of what rounding does to its rows."""
+        exact = work(None)
+        total = torch.zeros(exact.shape[0])
+        for _ in range(_DRAWS):
+            rounding = Rounding(form, self._generator)
+            with rounding:
+                total += (work(rounding) - exact).square().sum(-1)
+        return exact, (total / _DRAWS).sqrt()
+
+
+def _read(layer: Layer, q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:
+    """Attention of every sequence to itself, [1, n, H * Dh]."""
+    parts = [
+        layer.attn.read(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], mask)
+        for (a, b), mask in zip(run.spans, run.masks, strict=True)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _flat(heads: Tensor) -> Tensor:
+    """[1, Hkv, n, Dh] -> [n, Hkv * Dh]."""
+    return heads[0].transpose(0, 1).flatten(1)
+
+
+def _sum(x: Tensor, y: Tensor) -> Callable[[Rounding | None], Tensor]:
+    def work(rounding: Rounding | None) -> Tensor:
+        return x + y if rounding is None else rounding.sum_of(x + y, (x + y).abs())
+
+    return work

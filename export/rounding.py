@@ -1,0 +1,99 @@
+"""What an engine's number formats cost: products whose operands and results carry the error that rounding leaves.
+
+The error of rounding to a grid of step s is taken as uniform in [-s/2, s/2] and independent from value to value (Widrow and
+Kollár, Quantization Noise, 2008, chapter 5). Steps are measured on the tensors themselves. It is a model from above: int4
+scales of least squared error, and sums in blocks, leave less.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from gatework.export.groups import HEAD_BITS, HEAD_GROUP, PADDED_GROUP, fit_group
+
+# Half the distance of neighbouring floats around 1. The reference rounds to float32 as well: two equal errors, so sqrt(2).
+UNITS = {"float32": 2.0**-23.5, "float16": 2.0**-11, "bfloat16": 2.0**-9}
+_STEPS = 4  # roundings that an activation has seen since the last product: norm or gate, rotation, sum
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How an engine holds numbers.
+
+    unit: roundoff of activations, 0.5 ulp. bits: of weights, and of the activations that meet them where `dynamic`; 0: floats.
+    group: consecutive weights of a row that share a scale, at most.
+    """
+
+    unit: float
+    bits: int = 0
+    group: int = 0
+    dynamic: bool = False
+
+    @property
+    def head(self) -> Format:
+        """Of the output head, which has 8 bits at least."""
+        if 0 < self.bits < HEAD_BITS:
+            return Format(self.unit, HEAD_BITS, HEAD_GROUP, self.dynamic)
+        return self
+
+    @property
+    def floats(self) -> Format:
+        """Of routers, sums and attention."""
+        return Format(self.unit)
+
+
+class Rounding(TorchFunctionMode):
+    """While active, every `F.linear(x, w)` and `F.embedding(ids, w)` is off by one draw of what rounding costs."""
+
+    def __init__(self, form: Format, generator: torch.Generator) -> None:
+        super().__init__()
+        self._form, self._generator = form, generator
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return self._linear(*args, **kwargs)
+        if func is F.embedding:
+            return func(args[0], self.weight(args[1]), *args[2:], **kwargs)
+        return func(*args, **kwargs)
+
+    def _linear(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        unit, terms = self._form.unit, w.shape[-1]
+        y = F.linear(self.activation(x), self.weight(w), bias)
+        # Partial sums grow with the square root of their length, and each is rounded: the variances add up to n/6 of a term's.
+        spread = F.linear(x * x, w * w).sqrt() * (UNITS["float32"] * math.sqrt(terms / 6))
+        return y + self._draw(spread * math.sqrt(12)) + self._draw(2 * unit * y.abs())
+
+    def weight(self, w: Tensor) -> Tensor:
+        """A weight [..., K] as it is stored."""
+        if not self._form.bits:
+            return w if self._form.unit == UNITS["float32"] else w + self._draw(2 * self._form.unit * w.abs())
+        return w + self._draw(_group_steps(w, self._form.bits, self._form.group))
+
+    def activation(self, x: Tensor) -> Tensor:
+        """The input [..., K] of a product."""
+        x = x + self._draw(2 * _STEPS * self._form.unit * x.abs())
+        return x + self._draw(_group_steps(x, 8, self._form.group)) if self._form.dynamic else x
+
+    def sum_of(self, y: Tensor, size: Tensor) -> Tensor:
+        """A sum y whose terms have the absolute sum `size`."""
+        return y + self._draw(2 * _STEPS * self._form.unit * size)
+
+    def _draw(self, step: Tensor) -> Tensor:
+        return (torch.rand(step.shape, generator=self._generator) - 0.5) * step
+
+
+def _group_steps(values: Tensor, bits: int, group: int) -> Tensor:
+    """The step of each value of rows [..., K] that are rounded in groups to signed integers."""
+    K = values.shape[-1]
+    size = fit_group(K, group) or min(group, PADDED_GROUP)
+    padded = F.pad(values, (0, -K % size)).unflatten(-1, (-1, size))
+    steps = padded.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    return steps.expand_as(padded).flatten(-2)[..., :K]

@@ -1,0 +1,53 @@
+"""Names for the values inside a layer that verification compares; every lowering pass keeps them."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from gatework.export.config import ModelConfig
+from gatework.plugins.engine_format import layer_taps
+from gatework.plugins.moe.spec import DOMAIN
+
+
+def name_taps(graph: ir.Graph, config: ModelConfig) -> None:
+    """Give the values of the canonical graph that `layer_taps` lists their names."""
+    (gather,) = (node for node in graph.initializers["embed.weight"].consumers() if node.op_type == "Gather")
+    gather.outputs[0].name = "embedding"
+    for i in range(config.num_layers):
+        attention = _product(graph, f"layers.{i}.attn.o.weight")
+        residual = _sum_with(attention.outputs[0])
+        values: dict[str, ir.Value | None] = {
+            "context": attention.inputs[0],
+            "attention": attention.outputs[0],
+            "residual": residual,
+        }
+        if config.moe is None:
+            branch = _product(graph, f"layers.{i}.mlp.w_out").outputs[0]
+            values["mlp"] = branch
+        else:
+            router = values["router"] = _product(graph, f"layers.{i}.moe.router.weight").outputs[0]
+            (node,) = (node for node in router.consumers() if node.domain == DOMAIN)
+            values["experts"] = node.outputs[0]
+            (reshape,) = node.outputs[0].consumers()
+            branch = reshape.outputs[0]
+        values["output"] = _sum_with(branch)
+        for name, tensor in zip(layer_taps(i, config.moe is not None), values, strict=True):
+            value = values[tensor]
+            assert value is not None
+            value.name = name
+
+
+def _product(graph: ir.Graph, weight: str) -> ir.Node:
+    """The product that reads the weight, as it is or transposed."""
+    (node,) = graph.initializers[weight].consumers()
+    while node.op_type in ("Transpose", "Cast"):
+        (node,) = node.outputs[0].consumers()
+    assert node.op_type in ("MatMul", "Gemm"), node.op_type
+    return node
+
+
+def _sum_with(branch: ir.Value) -> ir.Value:
+    """The residual stream after a branch was added to it."""
+    (add,) = branch.consumers()
+    assert add.op_type == "Add", add.op_type
+    return add.outputs[0]

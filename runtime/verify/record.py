@@ -1,0 +1,125 @@
+"""Running an engine and writing down what it computed, in files, so that memory holds no more than one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gatework.plugins.engine_format import layer_taps
+from gatework.runtime.verify.feed import Case, Fed, feed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gatework.runtime.scheduler import Backend
+
+_KINDS = {"k": "key", "v": "value"}
+
+
+def tap_names(model: dict[str, Any]) -> list[str]:
+    """Values of an engine's graph to record, in order of computation; model: `ModelConfig.to_dict()`."""
+    layers = (layer_taps(i, model["moe"] is not None) for i in range(model["num_layers"]))
+    return ["embedding", *(name for names in layers for name in names)]
+
+
+class Rows:
+    """A file of up to `count` float32 rows, written in any order."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self._path, self._width = path, 0
+        self._seen = np.zeros(count, bool)
+        path.touch()
+
+    def write(self, start: int, rows: np.ndarray) -> None:
+        """Rows [n, d] from `start` on."""
+        self._width = rows.shape[1]
+        with self._path.open("r+b") as file:
+            file.seek(start * rows.shape[1] * 4)
+            file.write(np.ascontiguousarray(rows, np.float32).tobytes())
+        self._seen[start : start + len(rows)] = True
+
+    def read(self, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Which rows from `start` to `stop` were written, [n] int64, ascending, and those, [n, d]."""
+        found = np.flatnonzero(self._seen[start:stop])
+        if not len(found):
+            return found + start, np.empty((0, self._width), np.float32)
+        count = int(found[-1]) + 1
+        whole = np.fromfile(self._path, np.float32, count * self._width, offset=start * self._width * 4)
+        return found + start, whole.reshape(count, self._width)[found]
+
+
+class Recording:
+    """What an engine computed: the logits of every case, by position, and every step of the tapped ones.
+
+    Rows of steps count from the first token of the first tapped case.
+    """
+
+    def __init__(self, folder: Path, cases: Sequence[Case]) -> None:
+        self.cases, self._folder = cases, folder
+        self.starts: dict[int, int] = {}  # of the tapped cases
+        self.total = 0
+        for i, case in enumerate(cases):
+            if case.tapped:
+                self.starts[i] = self.total
+                self.total += case.length
+        self._steps: dict[str, Rows] = {}
+        self.logits = [Rows(folder / f"logits.{i}", case.length) for i, case in enumerate(cases)]
+
+    def rows(self, name: str) -> tuple[Tensor, Tensor]:
+        """See `gatework.export.layerwise.Recorded`."""
+        import torch
+
+        if name == "logits":
+            parts = [
+                (found + start, rows) for i, start in self.starts.items() for found, rows in [self.logits[i].read()]
+            ]
+            found, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
+        else:
+            found, rows = self._steps[name].read()
+        return torch.from_numpy(found), torch.from_numpy(rows)
+
+    def place(self, row: int) -> tuple[int, int]:
+        """Case and position of a row of steps."""
+        i = max((i for i, start in self.starts.items() if start <= row), key=self.starts.__getitem__)
+        return i, row - self.starts[i]
+
+    def phase(self, case: int, position: int) -> str:
+        """How the position was run."""
+        return "prefill" if position < self.cases[case].prompt else "decode"
+
+    def run(self, backend: Backend, chosen: Sequence[int], done: Callable[[int], object]) -> None:
+        """Run cases, by number, and keep what comes; `done` gets the tokens that a step ran."""
+        cases = [self.cases[i] for i in chosen]
+
+        def finished(slot: int, at: int) -> None:
+            if cases[at].tapped:
+                self._add_cache(backend, slot, chosen[at])
+
+        for fed in feed(backend, cases, finished):
+            for at, position, row in zip(fed.cases, fed.positions, fed.logits, strict=True):
+                self.logits[chosen[at]].write(position, row[None])
+            for name, values in getattr(backend, "tapped", {}).items():
+                self._add_step(name, fed, [chosen[at] for at in fed.cases], values.reshape(-1, values.shape[-1]))
+            done(fed.tokens)
+
+    def _add_step(self, name: str, fed: Fed, cases: list[int], rows: np.ndarray) -> None:
+        """Rows [tokens, d] of a step; of prefill the last one alone may have been computed."""
+        for at, (i, position) in enumerate(zip(cases, fed.positions, strict=True)):
+            if i in self.starts:
+                own = rows if fed.phase == "prefill" else rows[at : at + 1]
+                self._step(name).write(self.starts[i] + position + 1 - len(own), own)
+
+    def _add_cache(self, backend: Any, slot: int, i: int) -> None:
+        for name in backend.cache_names:
+            layer, kind = name.split(".")
+            rows = backend.cached(name, slot, len(self.cases[i].ids)).transpose(1, 0, 2)  # [n, Hkv, Dh]
+            step = self._step(f"layers.{layer}.{_KINDS[kind]}")
+            step.write(self.starts[i], rows.reshape(len(rows), -1))
+
+    def _step(self, name: str) -> Rows:
+        if name not in self._steps:
+            self._steps[name] = Rows(self._folder / name, self.total)
+        return self._steps[name]

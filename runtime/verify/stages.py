@@ -1,0 +1,145 @@
+"""One step of the engine against the reference on the same inputs: is it rounding, or a fault?
+
+Every bound is a multiple of the error that the engine's number formats are expected to leave (`gatework.export.rounding`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gatework.runtime.verify.record import Recording
+
+if TYPE_CHECKING:
+    from gatework.export.layerwise import Compared
+
+# Of all rows together: the sum of many thousand small errors lies within a few per cent of what is expected, where the model
+# of rounding holds. Twice leaves room for what it leaves out, such as errors that rows share.
+_TOGETHER = 2.0
+# Of one row: a sum of d squares. For d = 4, the fewest experts in use, a Gaussian one exceeds 4 times its mean once in 10^12.
+_ROW = 4.0
+# Of the factor between got and want, whose expected deviation is error / sqrt(dimensions): four times that, plus error^2,
+# by which rounding to the nearest shrinks a sum.
+_GAIN = 4.0
+_TINY = np.finfo(np.float32).tiny
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What became of one tensor of one layer.
+
+    local: relative error (2-norm, root mean square over rows) where the reference gets the engine's own inputs. expected: what
+    rounding predicts of it. accumulated: relative error against the reference's own run. observed, bound: of the test that
+    failed, or else of all rows together. row: of the first one beyond its bound, or of the worst; counted as in `Recording`.
+    """
+
+    layer: int | None
+    tensor: str
+    local: float
+    expected: float
+    accumulated: float
+    observed: float
+    bound: float
+    compared: int
+    passed: bool
+    row: int
+    note: str
+
+    def __str__(self) -> str:
+        return self.tensor if self.layer is None else f"layer {self.layer} {self.tensor}"
+
+    @property
+    def share(self) -> float:
+        """Of the bound that was used up; above 1 it failed."""
+        if not self.bound:
+            return float(self.observed > 0)
+        return self.observed / self.bound
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; a number that is not finite is null."""
+        names = ("local", "expected", "accumulated", "observed", "bound")
+        numbers = {name: value if np.isfinite(value := getattr(self, name)) else None for name in names}
+        rest = {name: getattr(self, name) for name in ("compared", "passed", "note")}
+        return {"layer": self.layer, "tensor": self.tensor, **numbers, **rest}
+
+
+def judge(step: Compared, recording: Recording) -> Stage:
+    """Compare a step."""
+    got, want, own = (x.numpy().astype(np.float64) for x in (step.got, step.want, step.own))
+    rows, noise = step.rows.numpy(), step.noise.numpy().astype(np.float64)
+    if not len(rows):
+        nan = float("nan")
+        return Stage(step.layer, step.tensor, nan, nan, nan, nan, nan, 0, False, 0, "nothing was computed")
+    size = np.maximum(np.linalg.norm(want, axis=1), _TINY)
+    with np.errstate(invalid="ignore", over="ignore"):
+        errors, expected = np.linalg.norm(got - want, axis=1) / size, noise / size
+        accumulated = _rms(np.linalg.norm(got - own, axis=1) / np.maximum(np.linalg.norm(own, axis=1), _TINY))
+        gain = float((got * want).sum() / max((want * want).sum(), _TINY))
+    local, mean = _rms(errors), _rms(expected)
+    limits = _ROW * np.maximum(expected, mean)
+    power = np.square(want).mean(0)
+    dimensions = power.sum() ** 2 / max(np.square(power).sum(), _TINY)  # that share the energy
+    drift, drift_bound = abs(gain - 1), mean**2 + _GAIN * mean / np.sqrt(max(dimensions, 1.0))
+    beyond = ~(errors <= limits)
+    worst = int(np.argmax(np.where(np.isfinite(errors), errors / np.maximum(limits, _TINY), np.inf)))
+    tests = (
+        (local, _TOGETHER * mean),
+        (float(errors[worst]), float(limits[worst])),
+        (drift, drift_bound),
+    )
+    failed = [(observed, bound) for observed, bound in tests if not observed <= bound]
+    observed, bound = failed[0] if failed else tests[0]
+    at = worst
+    note = ""
+    if failed:
+        if beyond.any():
+            at = min(np.flatnonzero(beyond).tolist(), key=lambda i: recording.place(int(rows[i]))[::-1])
+        note = _kind(got, want, gain, beyond, [recording.place(int(row)) for row in rows], recording)
+    return Stage(
+        step.layer, step.tensor, local, mean, accumulated, observed, bound, len(rows), not failed, int(rows[at]), note
+    )
+
+
+def _kind(
+    got: np.ndarray,
+    want: np.ndarray,
+    gain: float,
+    beyond: np.ndarray,
+    places: list[tuple[int, int]],
+    recording: Recording,
+) -> str:
+    """What the fault looks like."""
+    bad = np.flatnonzero(beyond)
+    if not np.isfinite(got).all():
+        return "not finite"
+    notes = []
+    error = _size(got - want)
+    earlier = [i for i in range(1, len(places)) if places[i][0] == places[i - 1][0]]
+    if error > 0 and _size(got - gain * want) < 0.3 * error:
+        notes.append(f"scaled by {gain:.4g}")
+    elif earlier and _size(got[earlier] - want[[i - 1 for i in earlier]]) < 0.3 * _size(got[earlier] - want[earlier]):
+        notes.append("rows are those of the position before")
+    elif _size(np.sort(got, axis=1) - np.sort(want, axis=1)) < 0.1 * error:
+        notes.append("the same values in another order")
+    if not len(bad):
+        notes.append("no single row is beyond its bound, all together are")
+    elif len(bad) < len(places):
+        notes.append(f"{len(bad)} of {len(places)} rows")
+        phases = {recording.phase(*places[i]) for i in bad}
+        others = {recording.phase(*places[i]) for i in range(len(places)) if not beyond[i]}
+        first = min(places[i][1] for i in bad)
+        if len(phases) == 1 and phases != others:
+            notes.append(f"in {phases.pop()} alone")
+        if first and all(beyond[i] for i in range(len(places)) if places[i][1] >= first):
+            notes.append(f"all from position {first} on")
+    return ", ".join(notes)
+
+
+def _size(values: np.ndarray) -> float:
+    return float(np.linalg.norm(values))
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.square(values).mean()))
