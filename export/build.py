@@ -24,6 +24,7 @@ from gatework.export.tensorrt.compile import compile_tensorrt
 from gatework.export.tensorrt.preflight import Preflight, preflight
 from gatework.export.tensorrt.scales import load_scales
 from gatework.export.tensorrt.toolchain import choose_compiler
+from gatework.export.tokenizer_files import open_tokenizer, tokenizer_files
 from gatework.export.uptodate import build_inputs, tool_versions
 from gatework.export.weight_facts import weight_facts
 from gatework.plugins import engine_format
@@ -48,12 +49,13 @@ def build_engine(
         settings: fields of BuildOptions; target "cpu" and precision "int8" unless given.
 
     Raises:
-        GateworkError: bad checkpoint, impossible target or precision, `out` in the way. Nothing is left behind.
+        GateworkError: bad checkpoint or tokenizer, impossible target or precision, `out` in the way. Nothing is left behind.
     """
     options = BuildOptions(**{"target": "cpu", "precision": "int8", **settings})
     check_free(Path(out), force)
     compiler = None if options.device.capability is None else choose_compiler(options.device, options.toolchain)
     checkpoint = Checkpoint.open(source)
+    open_tokenizer(checkpoint.path)
     inputs = build_inputs(checkpoint.path, options)
     tools = tool_versions(options, experts=checkpoint.config.moe is not None)
     options = options.fitted_to(checkpoint.config)
@@ -147,10 +149,10 @@ def export_onnx(
 
 
 def _copy_tokenizer(source: Path, directory: Path) -> list[str]:
-    names = [name for name in engine_format.TOKENIZER_FILES if (source / name).is_file()]
-    for name in names:
-        shutil.copyfile(source / name, directory / name)
-    return names
+    files = tokenizer_files(source)
+    for file in files:
+        shutil.copyfile(file, directory / file.name)
+    return [file.name for file in files]
 
 
 def _checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -144,7 +144,10 @@ class Checkpoint:
             yield self.rows(name, start, min(start + step, total))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start to stop of a canonical weight; those of experts [E, out, in] count as E * out rows."""
+        """Rows start to stop of a canonical weight; those of experts [E, out, in] count as E * out rows.
+
+        A NaN or an infinity in them is a GateworkError that names the checkpoint's tensor.
+        """
         weight = self.weights[name]
         columns = weight.shape[-1:] if len(weight.shape) > 1 else ()
         out = torch.empty((stop - start, *columns), dtype=self.dtype(name))
@@ -153,7 +156,9 @@ class Checkpoint:
             size = piece_rows(piece)
             first, last = max(start, position), min(stop, position + size)
             if first < last:
-                read_piece(piece, self.source.tensors[piece.name], out[first - start : last - start], first - position)
+                part = out[first - start : last - start]
+                read_piece(piece, self.source.tensors[piece.name], part, first - position)
+                check_finite(part, piece.name, self.path)
             position += size
         return out
 
@@ -195,6 +200,14 @@ def check(path: Path, weights: WeightMap, tensors: Mapping[str, Stored]) -> None
         if len(dtypes) > 1:
             got = " and ".join(sorted(dtypes))
             raise GateworkError(f"tensors of {canonical} in {path} differ in dtype", got=got, expected="one dtype")
+
+
+def check_finite(rows: Tensor, name: str, path: Path) -> None:
+    """Raise if a weight is infinite or NaN, which aminmax hands on."""
+    low, high = (float(x) for x in rows.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        fix = "download the file again, or repair the model"
+        raise GateworkError(f"tensor {name} in {path} has weights that are not finite", got=f"{low} to {high}", fix=fix)
 
 
 def and_more(names: list[str]) -> str:

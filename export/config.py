@@ -8,6 +8,10 @@ from typing import Any, Literal
 
 from gatework.plugins.errors import GateworkError
 
+MAX_SIZE = 1 << 24  # of any dimension: 64 times the largest vocabulary, more than the longest context
+MAX_LAYERS = 1_000
+MAX_EXPERTS = 50_000  # over all layers: a weight map is made before any tensor is looked at
+
 Norm = Literal["rms", "layer"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -76,6 +80,13 @@ class ModelConfig:
                 raise GateworkError(
                     f"{name} is not a positive integer", got=repr(value), fix="check the checkpoint's config"
                 )
+            if value > MAX_SIZE:
+                raise GateworkError(f"{name} is too large", got=value, expected=f"at most {MAX_SIZE}")
+        experts = 1 if self.moe is None else self.moe.num_experts
+        if self.num_layers > MAX_LAYERS or self.num_layers * experts > MAX_EXPERTS:
+            got = f"{self.num_layers} layers of {experts} experts" if self.moe else f"{self.num_layers} layers"
+            expected = f"at most {MAX_LAYERS} layers and {MAX_EXPERTS} experts in all"
+            raise GateworkError("the model is too large", got=got, expected=expected)
         if self.num_heads % self.num_kv_heads:
             raise GateworkError(
                 "num_heads is not a multiple of num_kv_heads", got=f"{self.num_heads} and {self.num_kv_heads}"

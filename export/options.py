@@ -9,6 +9,8 @@ from gatework.export.config import ModelConfig
 from gatework.export.targets import Target, target_for
 from gatework.plugins.errors import GateworkError
 
+MAX_TABLE_BYTES = 1 << 30  # of the rotary tables in a graph, [S_max, Dh/2] twice, float32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
@@ -82,4 +84,7 @@ def fit_length(config: ModelConfig, max_seq: int | None) -> int:
     length = context if max_seq is None else max_seq
     if not 1 <= length <= context:
         raise GateworkError("max_seq is out of range", got=length, expected=f"1 to {context}, the model's context")
+    if length * config.head_dim * 4 > MAX_TABLE_BYTES:
+        expected = f"at most {MAX_TABLE_BYTES // (config.head_dim * 4)}"
+        raise GateworkError("max_seq is too large for tables of angles", got=length, expected=expected)
     return length

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from gatework.export import folder as folders
-from gatework.export.readers import read_safetensors, read_torch
+from gatework.export.readers import DOWNLOAD, read_safetensors, read_torch
 from gatework.export.stored import Stored, StoredTensor, merge
 from gatework.plugins.errors import GateworkError
 
@@ -104,7 +104,11 @@ def numbered(folder: Path, suffix: str) -> list[Path]:
     for name in expected:
         if name not in names:
             raise GateworkError(f"{folder / name} is missing", got=", ".join(sorted(names)), fix="download all shards")
-    return [folders.member(folder, name) for name in expected]
+    paths = [folders.member(folder, name) for name in expected]
+    for path in paths:
+        if not path.is_file():
+            raise GateworkError(f"{path} is not a file", fix=DOWNLOAD)
+    return paths
 
 
 def disjoint(files: FileTensors) -> dict[str, Stored]:

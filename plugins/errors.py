@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_LONGEST = 1000  # characters of a part
+
 
 class GateworkError(Exception):
     """Something the caller can fix: bad input, a damaged file, an impossible request.
@@ -18,4 +20,12 @@ class GateworkError(Exception):
             parts.append(f"expected {expected}")
         if fix is not None:
             parts.append(f"fix: {fix}")
-        super().__init__("; ".join(" ".join(str(part).split()) for part in parts))
+        super().__init__("; ".join(map(_one_line, parts)))
+
+
+def _one_line(part: str) -> str:
+    """Without line breaks, what steers a terminal, and the middle of what is too long: names come out of files, too."""
+    line = " ".join(str(part).split())
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)

@@ -13,6 +13,7 @@ from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import VERSION as PLUGIN_VERSION
 
 Check = Literal["auto", "full", "sizes"]
+_MAX_MANIFEST = 8 << 20  # bytes
 _AUTO_LIMIT = 4 << 30  # bytes hashed at load by default; hashing more would take longer than loading
 
 
@@ -94,6 +95,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise GateworkError(f"{path} is not an engine", got=f"no {file.name}", fix="build one with `gatework build`")
     try:
+        if file.stat().st_size > _MAX_MANIFEST:
+            raise _damaged(file, "it is too large")
         manifest = json.loads(file.read_text())
     except (ValueError, RecursionError):
         raise _damaged(file, "it is not JSON") from None

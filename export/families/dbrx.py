@@ -26,7 +26,7 @@ def read_config(raw: dict[str, Any]) -> ModelConfig:
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
-        num_layers=hf.num_layers(fields, "n_layers", moe.num_experts),
+        num_layers=fields.integer("n_layers"),
         num_heads=num_heads,
         num_kv_heads=attention.integer("kv_n_heads", 1),
         head_dim=hf.head_dim(fields, hidden_size, num_heads),

@@ -10,9 +10,6 @@ from gatework.export.families import layouts
 from gatework.export.families.fields import Fields
 from gatework.export.weights import WeightMap
 
-MAX_LAYERS = 10_000
-MAX_EXPERTS = 500_000  # over all layers: a weight map is made before any tensor is looked at
-
 # Features of other models that share these config files, with the values under which they do nothing.
 INERT: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
@@ -63,7 +60,7 @@ def read_config(family: str, fields: Fields, defaults: Defaults, moe: MoEConfig 
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=fields.integer("intermediate_size"),
-        num_layers=num_layers(fields, "num_hidden_layers", 1 if moe is None else moe.num_experts),
+        num_layers=fields.integer("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=fields.integer("num_key_value_heads", silent_kv_heads),
         head_dim=head_dim(fields, hidden_size, num_heads),
@@ -86,14 +83,6 @@ def refuse_architecture(fields: Fields, known: tuple[str, ...]) -> None:
     names = fields.raw.get("architectures") or []
     if not isinstance(names, list) or any(name not in known for name in names):
         raise fields.unsupported("architectures", " or ".join(known))
-
-
-def num_layers(fields: Fields, key: str, experts: int) -> int:
-    """The number of layers, within what a config file can sanely ask for."""
-    count: int = fields.integer(key)
-    if count > MAX_LAYERS or count * experts > MAX_EXPERTS:
-        raise fields.error(key, count, f"at most {MAX_LAYERS} layers and {MAX_EXPERTS} experts in all")
-    return count
 
 
 def head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:

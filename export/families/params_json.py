@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gatework.export.config import ModelConfig, MoEConfig
+from gatework.export.config import MAX_SIZE, ModelConfig, MoEConfig
 from gatework.export.families import hf, layouts
 from gatework.export.families.fields import Fields
 from gatework.export.weights import WeightMap
@@ -91,7 +91,10 @@ def meta_intermediate_size(fields: Fields) -> int:
     multiple: int = fields.integer("multiple_of")
     if multiple < 1:
         raise fields.error("multiple_of", multiple, "at least 1")
-    width = int(2 * 4 * fields.integer("dim") / 3)
+    dim: int = fields.integer("dim")
+    if not 1 <= dim <= MAX_SIZE:
+        raise fields.error("dim", dim, f"1 to {MAX_SIZE}")
+    width = int(2 * 4 * dim / 3)
     multiplier = fields.number("ffn_dim_multiplier", 1.0)
     if not 0 < multiplier < 1e6:
         raise fields.error("ffn_dim_multiplier", multiplier, "a positive number")

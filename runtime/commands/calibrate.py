@@ -87,9 +87,9 @@ def _check_out(out: Path, force: bool) -> None:
 
 
 def _encode(checkpoint: Path, text: str) -> list[int]:
-    from gatework.runtime.tokenizer import load_tokenizer
+    from gatework.export.tokenizer_files import open_tokenizer
 
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = open_tokenizer(checkpoint)
     if tokenizer is None:
         raise GateworkError(f"{checkpoint} has no tokenizer", fix="give token ids instead of text: --ids FILE")
     if not text:

@@ -367,6 +367,6 @@ def test_config_that_is_none(copy: Path, text: str, reason: str) -> None:
 
 
 def test_config_larger_than_the_files(copy: Path) -> None:
-    edit_json(copy / "config.json", num_hidden_layers=10_000)
+    edit_json(copy / "config.json", num_hidden_layers=1_000)
     with pytest.raises(GateworkError, match=r"model\.layers\.1\..* is missing"):
         Checkpoint.open(copy)
