@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import onnx_ir as ir
 
@@ -18,7 +18,7 @@ from gatework.export.lower import CUDA_DTYPES, lower_to_cpu, lower_to_cuda
 from gatework.export.lower.packed import to_contrib
 from gatework.export.materialize import write_model
 from gatework.export.onnx_export import add_function_body, trace
-from gatework.export.options import BuildOptions, fit_length
+from gatework.export.options import BuildOptions
 from gatework.export.staging import check_free, new_directory
 from gatework.export.tensorrt.compile import compile_tensorrt
 from gatework.export.tensorrt.preflight import Preflight, preflight
@@ -30,6 +30,8 @@ from gatework.export.weight_facts import weight_facts
 from gatework.plugins import engine_format
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import VERSION as PLUGIN_VERSION
+
+_PRECISIONS: dict[Dtype, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def build_engine(
@@ -81,17 +83,20 @@ def finish_engine(
     inputs: dict[str, Any],
     tools: dict[str, str],
     facts: dict[str, Any],
+    *,
+    target: str | None = None,
+    precision: str | None = None,
 ) -> None:
     """Add the tokenizer's files and the manifest to the files `names` of a folder.
 
-    inputs: see `build_inputs`. tools: versions. facts: see `weight_facts`.
+    inputs: see `build_inputs`. tools: versions. facts: see `weight_facts`. target, precision: where they are not the options'.
     """
     names = names + _copy_tokenizer(checkpoint.path, directory)
     manifest = {
         "format_version": engine_format.FORMAT_VERSION,
         "gatework_version": version("gatework"),
-        "target": options.target,
-        "precision": options.precision,
+        "target": target or options.target,
+        "precision": precision or options.precision,
         "model": checkpoint.config.to_dict(),
         "limits": {name: getattr(options, name) for name in ("max_batch", "max_seq", "prefill_chunk")},
         "toolchain": tools,
@@ -135,16 +140,24 @@ def export_onnx(
 ) -> Path:
     """Write the canonical, portable ONNX model (model.onnx and safetensors beside it) into the folder `out`.
 
-    It runs on any ONNX runtime of opset 24: gatework::MoE carries its definition in standard operators.
+    It runs on any ONNX runtime of opset 24: gatework::MoE carries its definition in standard operators. With its manifest the
+    folder is an engine as well, for the target "onnx", which ONNX Runtime runs with none of this package's kernels.
     """
-    if dtype not in get_args(Dtype):
-        raise GateworkError("unknown dtype", got=dtype, expected=" or ".join(get_args(Dtype)))
+    if dtype not in _PRECISIONS:
+        raise GateworkError("unknown dtype", got=dtype, expected=" or ".join(_PRECISIONS))
     checkpoint = Checkpoint.open(source)
-    length = fit_length(checkpoint.config, max_seq)
-    with new_directory(Path(out), force, "export") as directory:
-        model = trace(checkpoint.config, length, dtype=dtype, all_logits=all_logits)
+    options = BuildOptions(target="cpu", precision="fp32", max_seq=max_seq).fitted_to(checkpoint.config)
+    assert options.max_seq is not None
+    inputs, tools = build_inputs(checkpoint.path, options), tool_versions(options, experts=False)
+    with new_directory(Path(out), force) as directory:
+        model = trace(checkpoint.config, options.max_seq, dtype=dtype, all_logits=all_logits)
         add_function_body(model)
-        write_model(model, checkpoint, directory, progress=progress)
+        names, facts = (
+            write_model(model, checkpoint, directory, progress=progress),
+            weight_facts(model, checkpoint.config),
+        )
+        precision = _PRECISIONS[dtype]
+        finish_engine(directory, names, checkpoint, options, inputs, tools, facts, target="onnx", precision=precision)
     return Path(out)
 
 

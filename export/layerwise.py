@@ -37,7 +37,8 @@ class Compared(NamedTuple):
     """A step of the engine, compared.
 
     rows: [n] of the tapped tokens. got: what the engine computed, [n, d]. want: what the reference makes of the engine's
-    inputs. noise: [n] expected norm of what rounding adds to a row. own: the same rows of the reference's own run.
+    inputs. noise: [n] expected norm of what rounding adds to a row, and bias: of the sum over the row of that.
+    own: the same rows of the reference's own run.
     """
 
     layer: int | None
@@ -46,6 +47,7 @@ class Compared(NamedTuple):
     got: Tensor
     want: Tensor
     noise: Tensor
+    bias: Tensor
     own: Tensor
 
 
@@ -176,9 +178,9 @@ class LayerwiseReference:
                 branch, want, *off = self._experts(
                     i, [(own_x, own_logits, None), (x, logits, None), *((x, logits, each) for each in roundings)]
                 )
-                noise = torch.stack([(y - want).square().sum(-1) for y in off]).mean(0).sqrt()
+                noise, bias = _sizes([y - want for y in off])
                 got = engine.rows(f"{prefix}experts")[1]
-                yield Compared(i, "experts", rows, got, want, noise, branch[self._places[rows]])
+                yield Compared(i, "experts", rows, got, want, noise, bias, branch[self._places[rows]])
         self._own.hidden = middle + branch[None]
         if residual is not None:
             found, added = engine.rows(f"{prefix}{'mlp' if config.moe is None else 'experts'}")
@@ -219,11 +221,11 @@ class LayerwiseReference:
                 yield j, start - first, F.linear(last(hidden), head)
         if self._tapped:
             rows, output = engine.rows(f"layers.{config.num_layers - 1}.output")
-            want, noise = self._draws(lambda _: F.linear(last(output), head), self._form.head)
+            want, noise, bias = self._draws(lambda _: F.linear(last(output), head), self._form.head)
             found, got = engine.rows("logits")
             at = torch.searchsorted(rows, found)
             own = F.linear(last(self._own.hidden[0, self._places[found]]), head)
-            yield Compared(None, "logits", found, got, want[at], noise[at], own)
+            yield Compared(None, "logits", found, got, want[at], noise[at], bias[at], own)
 
     def _compare(
         self,
@@ -238,20 +240,25 @@ class LayerwiseReference:
     ) -> Compared:
         """One step. `work` gives the tapped rows [n, d], all of them or those of `rows`."""
         found, got = engine.rows(tensor if layer is None else f"layers.{layer}.{tensor}")
-        want, noise = self._draws(work, form or self._form)
+        want, noise, bias = self._draws(work, form or self._form)
         if rows is None:
-            want, noise = want[found], noise[found]
-        return Compared(layer, tensor, found, got, want, noise, own[self._places[found]])
+            want, noise, bias = want[found], noise[found], bias[found]
+        return Compared(layer, tensor, found, got, want, noise, bias, own[self._places[found]])
 
-    def _draws(self, work: Callable[[Rounding | None], Tensor], form: Format) -> tuple[Tensor, Tensor]:
-        """What `work` returns without rounding, [n, d], and the expected norm [n] of what rounding does to its rows."""
-        exact = work(None)
-        total = torch.zeros(exact.shape[0])
+    def _draws(self, work: Callable[[Rounding | None], Tensor], form: Format) -> tuple[Tensor, Tensor, Tensor]:
+        """What `work` returns without rounding, [n, d], and what rounding does to it; see `_sizes`."""
+        exact, off = work(None), []
         for _ in range(_DRAWS):
             rounding = Rounding(form, self._generator)
             with rounding:
-                total += (work(rounding) - exact).square().sum(-1)
-        return exact, (total / _DRAWS).sqrt()
+                off.append(work(rounding) - exact)
+        return exact, *_sizes(off)
+
+
+def _sizes(errors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Expected norm [n] of draws of an error [n, d], and expected size of its sum over a row [n]."""
+    drawn = torch.stack(errors)
+    return drawn.square().sum(-1).mean(0).sqrt(), drawn.sum(-1).square().mean(0).sqrt()
 
 
 def _read(layer: Layer, q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:

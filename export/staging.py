@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
 
 from gatework.plugins import engine_format
 from gatework.plugins.errors import GateworkError
@@ -21,12 +20,12 @@ _SETTLED = 5  # seconds after which a folder's maker has surely locked it
 
 
 @contextmanager
-def new_directory(out: Path, force: bool, kind: Literal["engine", "export"] = "engine") -> Iterator[Path]:
+def new_directory(out: Path, force: bool) -> Iterator[Path]:
     """A temporary sibling of `out` that takes its place when the block ends well, and is removed when it does not.
 
-    force: replace a folder of the same kind that stands at `out`.
+    force: replace an engine that stands at `out`.
     """
-    check_free(out, force, kind)
+    check_free(out, force)
     made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]  # innermost first
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +37,7 @@ def new_directory(out: Path, force: bool, kind: Literal["engine", "export"] = "e
     try:
         staging.chmod(0o755)
         yield staging
-        check_free(out, force, kind)  # another build may have been faster
+        check_free(out, force)  # another build may have been faster
         if out.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
             out.rename(retired / out.name)
@@ -57,15 +56,14 @@ def new_directory(out: Path, force: bool, kind: Literal["engine", "export"] = "e
             os.close(lock)
 
 
-def check_free(out: Path, force: bool, kind: Literal["engine", "export"] = "engine") -> None:
+def check_free(out: Path, force: bool) -> None:
     """Raise unless `new_directory` may make, or replace, the folder `out`."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise GateworkError(f"{out} is in the way", got="a file or link", expected="a folder to make")
     if out.exists() and any(out.iterdir()):
-        has_manifest = (out / engine_format.MANIFEST).is_file()
-        same = has_manifest if kind == "engine" else not has_manifest and (out / "model.onnx").is_file()
-        if not (force and same):
-            fix = "pass --force to replace it" if same else "choose another --out"
+        is_engine = (out / engine_format.MANIFEST).is_file()
+        if not (force and is_engine):
+            fix = "pass --force to replace it" if is_engine else "choose another --out"
             raise GateworkError(f"{out} exists and is not empty", fix=fix)
 
 

@@ -13,11 +13,9 @@ from gatework.plugins.errors import GateworkError
 if TYPE_CHECKING:
     from gatework.runtime.tokenizer import Tokenizer
 
-MAX_BYTES = {"tokenizer.json": 32 << 20, "tokenizer.model": 4 << 20}
+MAX_BYTES = {"tokenizer.json": 48 << 20, "tokenizer.model": 8 << 20}
 MAX_OTHER_BYTES = 8 << 20
-MAX_ITEMS = (
-    2_000_000  # in tokenizer.json, counted by its commas: 256,000 tokens and 600,000 merges have three quarters of it
-)
+MAX_ITEMS = 2_000_000  # in tokenizer.json, counted by its commas; 256,000 tokens and 600,000 merges have 1,500,000
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -62,7 +62,7 @@ class OrtBackend:
     """Runs an engine's model.onnx.
 
     Args:
-        engine: an opened engine directory, for the target cpu or cuda.
+        engine: an opened engine directory, for the target cpu, onnx or cuda.
         max_batch: cache slots; on CPUs memory is touched only as slots fill.
         threads: of ONNX Runtime's pool; default: one for each CPU that this process may use.
         profile: ONNX Runtime times every operator and `session.end_profiling()` writes them to a file of this name's beginning.
@@ -82,7 +82,7 @@ class OrtBackend:
         taps: Sequence[str] = (),
     ) -> None:
         self.max_batch, self.max_seq = max_batch, engine.limits.max_seq
-        self._on_gpu = engine.manifest["target"] != "cpu"
+        self._on_gpu = engine.manifest["target"] == "cuda"
         device = _open_gpu() if self._on_gpu else None
         self.session, native = _open_session(engine, threads, on_gpu=self._on_gpu, profile=profile, taps=taps)
         inputs = {value.name: value for value in self.session.get_inputs()}

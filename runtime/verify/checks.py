@@ -24,15 +24,17 @@ from gatework.runtime.verify.plan import Plan, make_plan
 from gatework.runtime.verify.record import Recording, tap_names
 from gatework.runtime.verify.report import Check, Divergence, VerifyReport
 from gatework.runtime.verify.routing import Experts
-from gatework.runtime.verify.stages import Stage, judge
+from gatework.runtime.verify.stages import Stage, difference, judge
 
 if TYPE_CHECKING:
     from gatework.export.checkpoint import Checkpoint
     from gatework.export.rounding import Format
 
 _TOOLS = ("gatework", "torch")
+_SIZES = ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")
 _MOST_SLOTS = 8
 _BINS = 24
+_ROWS = 64  # of logits in memory at once
 
 
 def verify(
@@ -86,20 +88,60 @@ def verify(
         found.collect(checkpoint, _format(engine), progress)
     checks = [*found.step_checks(unaltered), *found.logit_checks(bounds, has_text=text is not None)]
     facts = plan.facts(engine) | found.facts(has_text=text is not None)
-    versions = {name: version(name) for name in _TOOLS} | module_version(engine) | {"numpy": version("numpy")}
-    facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return VerifyReport(
-        engine=str(engine.path),
-        reference=str(checkpoint.path),
-        target=engine.manifest["target"],
-        precision=engine.manifest["precision"],
-        model=engine.model,
-        checks=tuple(checks),
-        stages=tuple(found.stages),
-        first_divergence=found.first_divergence(),
-        experts=found.experts.to_dict() if found.experts is not None and found.stages else None,
-        quality=found.quality(has_text=text is not None),
-        facts=facts,
+    return found.report(engine, str(checkpoint.path), checks, facts, has_text=text is not None)
+
+
+def compare_engines(
+    engine_dir: str | os.PathLike[str],
+    other_dir: str | os.PathLike[str],
+    *,
+    text: str | None = None,
+    prompts: Sequence[str | Sequence[int]] | None = None,
+    tokens: int = 64,
+    window: int = WINDOW,
+    bounds: Bounds | None = None,
+    threads: int | None = None,
+    progress: bool = False,
+) -> VerifyReport:
+    """Compare an engine with another of the same model, such as one from before an upgrade, which takes the reference's place.
+
+    Both run the same tokens, along the first engine's greedy choices. The other engine's logits are what those of the first are
+    judged by, with the bounds of the coarser precision; its values inside the layers are what `accumulated` errors are measured
+    against, and nothing says which of the two is right. Arguments as in `verify`.
+
+    Raises:
+        GateworkError: a bad engine, or two that are not of one model.
+    """
+    engine, other = Engine.open(engine_dir), Engine.open(other_dir)
+    for name in ("family", *_SIZES, "moe"):
+        if engine.model[name] != other.model[name]:
+            raise GateworkError(f"the engines differ in {name}", got=f"{engine.model[name]} and {other.model[name]}")
+    if bounds is None:
+        bounds = max(_default_bounds(engine), _default_bounds(other), key=lambda each: each.mean_kl or 0.0)
+    on_ort = all(module_of(each) == "onnxruntime" for each in (engine, other))
+    plan = make_plan(engine, text, prompts, tokens, window, taps=on_ort)
+    longest = max(case.length for case in plan.cases)
+    if longest > other.limits.max_seq:
+        expected, fix = f"at least {longest}", "ask for fewer tokens, or for a smaller window"
+        raise GateworkError(
+            f"{other.path} takes shorter sequences", got=other.limits.max_seq, expected=expected, fix=fix
+        )
+    with tempfile.TemporaryDirectory(prefix="gatework-verify-") as folder:
+        recordings = []
+        for name, each in (("engine", engine), ("other", other)):
+            (Path(folder) / name).mkdir()
+            recordings.append(Recording(Path(folder) / name, plan.cases))
+            _run(each, plan, recordings[-1], threads, progress)
+        found = _Findings(recordings[0], engine.model)
+        found.collect_from(recordings[1])
+    checks = [*found.difference_checks(), *found.logit_checks(bounds, has_text=text is not None)]
+    facts = plan.facts(engine) | found.facts(has_text=text is not None)
+    return found.report(
+        engine,
+        f"{other.path} ({other.manifest['target']} {other.manifest['precision']})",
+        checks,
+        facts,
+        has_text=text is not None,
     )
 
 
@@ -110,7 +152,7 @@ def _check_pair(engine: Engine, checkpoint: Checkpoint, check_fingerprint: bool)
             got="another fingerprint",
             fix="give the checkpoint that the engine was built from, or build the engine again",
         )
-    for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim"):
+    for name in _SIZES:
         ours, theirs = engine.model[name], getattr(checkpoint.config, name)
         if ours != theirs:
             raise GateworkError(f"engine and reference differ in {name}", got=f"{ours} and {theirs}")
@@ -130,9 +172,10 @@ def _format(engine: Engine) -> Format:
     from gatework.export.groups import DEFAULT_GROUPS
     from gatework.export.rounding import UNITS, Format
 
-    precision, on_cpu = engine.manifest["precision"], engine.manifest["target"] == "cpu"
+    precision, on_cpu = engine.manifest["precision"], engine.manifest["target"] != "cuda"
     bits = {"int8": 8, "int4": 4}.get(precision, 0)
-    kind = {"fp32": "float32", "fp16": "float16"}.get(precision, "float32" if on_cpu else "bfloat16")
+    floats = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    kind = floats.get(precision, "float32" if on_cpu else "bfloat16")
     settings = engine.manifest["inputs"]["settings"]
     group = settings["group_size"] or DEFAULT_GROUPS.get(precision, 0)
     return Format(UNITS[kind], bits, group, dynamic=bool(bits) and on_cpu)
@@ -200,6 +243,18 @@ class _Findings:
                     self._add_logits(i, start, want.numpy())
             bar.update()
 
+    def collect_from(self, other: Recording) -> None:
+        """Take another engine's values for the reference's."""
+        for name in tap_names(self.model) if self.recording.starts else []:
+            layer, tensor = (None, name) if name == "embedding" else (int(name.split(".")[1]), name.split(".")[2])
+            self.stages.append(difference(layer, tensor, self.recording.rows(name), other.rows(name)))
+        for i, case in enumerate(self.recording.cases):
+            for start in range(0, len(case.ids), _ROWS):
+                found, want = other.logits[i].read(start, start + _ROWS)
+                rows = np.zeros((_ROWS, want.shape[1]), np.float32)
+                rows[found - start] = want
+                self._add_logits(i, start, rows)
+
     def _add_step(self, step: Any) -> None:
         self.stages.append(judge(step, self.recording))
         if step.tensor == "router" and self.experts is not None:
@@ -256,6 +311,13 @@ class _Findings:
             Check("steps: logits changed by observing them", difference, 0.0, 1),
         ]
 
+    def difference_checks(self) -> list[Check]:
+        """Of the values inside the layers of two engines."""
+        differing = [stage for stage in self.stages if stage.accumulated > 0]
+        note = f"the first is {differing[0]}" if differing else "the same bits in all"
+        compared = sum(stage.compared for stage in self.stages)
+        return [Check("steps that differ", len(differing), None, compared, note)] if self.stages else []
+
     def logit_checks(self, bounds: Bounds, *, has_text: bool) -> list[Check]:
         """Of what comes out, from the tokens on."""
         checks = [
@@ -293,7 +355,8 @@ class _Findings:
         kl = np.array([x for rows in every for x in rows.kl])
         kl = kl[np.isfinite(kl)]
         counts, edges = np.histogram(np.log10(np.maximum(kl, 1e-12)), _BINS)
-        points = dict(zip(("p50", "p90", "p99", "max"), np.quantile(kl, (0.5, 0.9, 0.99, 1.0)).tolist(), strict=True))
+        shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+        points = {name: float(np.quantile(kl, share)) for name, share in shares.items()} if len(kl) else {}
         return {
             "perplexity": _finite({side: perplexity(losses) for side, losses in self.losses.items()})
             if has_text
@@ -307,6 +370,25 @@ class _Findings:
                 for i, same in self.greedy.items()
             ],
         }
+
+    def report(
+        self, engine: Engine, reference: str, checks: Sequence[Check], facts: dict[str, Any], *, has_text: bool
+    ) -> VerifyReport:
+        """All together."""
+        versions = {name: version(name) for name in _TOOLS} | module_version(engine) | {"numpy": version("numpy")}
+        return VerifyReport(
+            engine=str(engine.path),
+            reference=reference,
+            target=engine.manifest["target"],
+            precision=engine.manifest["precision"],
+            model=engine.model,
+            checks=tuple(checks),
+            stages=tuple(self.stages),
+            first_divergence=self.first_divergence(),
+            experts=self.experts.to_dict() if self.experts is not None and self.stages else None,
+            quality=self.quality(has_text=has_text),
+            facts=facts | {"versions": ", ".join(f"{name} {number}" for name, number in versions.items())},
+        )
 
     def facts(self, *, has_text: bool) -> dict[str, Any]:
         """For the report."""

@@ -13,16 +13,21 @@ import numpy as np
 from gatework.runtime.verify.record import Recording
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gatework.export.layerwise import Compared
 
-# Of all rows together: the sum of many thousand small errors lies within a few per cent of what is expected, where the model
-# of rounding holds. Twice leaves room for what it leaves out, such as errors that rows share.
-_TOGETHER = 2.0
+# Of all rows together: a sum of many thousand small errors lies within a few per cent of what is expected. Half as much again
+# leaves room for what the model leaves out: errors that rows share, and exact powers of two.
+_TOGETHER = 1.5
 # Of one row: a sum of d squares. For d = 4, the fewest experts in use, a Gaussian one exceeds 4 times its mean once in 10^12.
 _ROW = 4.0
 # Of the factor between got and want, whose expected deviation is error / sqrt(dimensions): four times that, plus error^2,
 # by which rounding to the nearest shrinks a sum.
 _GAIN = 4.0
+# Of the sum of a row's errors, which a wrong zero point drives one way. Over all rows it is no more certain than one Gaussian
+# draw where their inputs are alike.
+_BIAS = 4.0
 _TINY = np.finfo(np.float32).tiny
 
 
@@ -75,6 +80,7 @@ def judge(step: Compared, recording: Recording) -> Stage:
     size = np.maximum(np.linalg.norm(want, axis=1), _TINY)
     with np.errstate(invalid="ignore", over="ignore"):
         errors, expected = np.linalg.norm(got - want, axis=1) / size, noise / size
+        sums, bias = (got - want).sum(1) / size, step.bias.numpy() / size
         accumulated = _rms(np.linalg.norm(got - own, axis=1) / np.maximum(np.linalg.norm(own, axis=1), _TINY))
         gain = float((got * want).sum() / max((want * want).sum(), _TINY))
     local, mean = _rms(errors), _rms(expected)
@@ -88,6 +94,7 @@ def judge(step: Compared, recording: Recording) -> Stage:
         (local, _TOGETHER * mean),
         (float(errors[worst]), float(limits[worst])),
         (drift, drift_bound),
+        (_rms(sums), _BIAS * _rms(bias)),
     )
     failed = [(observed, bound) for observed, bound in tests if not observed <= bound]
     observed, bound = failed[0] if failed else tests[0]
@@ -100,6 +107,17 @@ def judge(step: Compared, recording: Recording) -> Stage:
     return Stage(
         step.layer, step.tensor, local, mean, accumulated, observed, bound, len(rows), not failed, int(rows[at]), note
     )
+
+
+def difference(layer: int | None, tensor: str, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Stage:
+    """The same tensor of two engines: rows and values of each. There is nothing to judge it by."""
+    (found, got), (others, want) = ((rows.numpy(), values.numpy().astype(np.float64)) for rows, values in (one, other))
+    rows, here, there = np.intersect1d(found, others, return_indices=True)  # one may have computed fewer in prefill
+    got, want = got[here], want[there]
+    size = np.maximum(np.linalg.norm(want, axis=1), _TINY)
+    error = _rms(np.linalg.norm(got - want, axis=1) / size)
+    nan = float("nan")
+    return Stage(layer, tensor, nan, nan, error, error, float("inf"), len(rows), True, 0, "")
 
 
 def _kind(
