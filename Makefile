@@ -31,7 +31,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo engine engines bench bench-peers test lint format typecheck ci wheel clean
+.PHONY: help setup demo engine engines bench bench-peers parity test lint format typecheck ci wheel clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -85,6 +85,9 @@ $(PEERS)/.ready: benchmarks/peers/requirements.txt
 	$(PYTHON) -m venv $(PEERS)
 	CMAKE_ARGS='-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF' $(PEERS)/bin/pip install --no-binary llama-cpp-python --requirement $<
 	@touch $@
+
+parity: $(READY) ## Verify every family, precision and target that this machine can run; pages in build/parity
+	$(BIN)/python -m benchmarks.parity --pages build/parity $(ARGS)
 
 test: $(READY) ## Run the tests: make test, or make test TESTS=tests/runtime ARGS='-k sampler'
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS) $(TESTS)

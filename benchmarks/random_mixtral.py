@@ -41,6 +41,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "sliding_window": None,
     },
+    "mixtral-8gb": LLAMA
+    | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": 2048,
+        "intermediate_size": 7168,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    },
     "llama": LLAMA
     | {
         "architectures": ["LlamaForCausalLM"],
@@ -69,7 +82,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 def make(directory: Path, shape: str, seed: int = 0) -> None:
     """Write config.json and model.safetensors; weights are normal with the variance that keeps activations in range."""
     directory.mkdir(parents=True, exist_ok=True)
-    config, family = SHAPES[shape], FAMILIES[shape]
+    config = SHAPES[shape]
+    family = FAMILIES[config["model_type"]]
     weights = family.weight_map(family.read_config(config))
     shapes = {piece.name: piece.shape for weight in weights.values() for piece in weight.pieces}
     generator = torch.Generator().manual_seed(seed)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -75,6 +76,7 @@ class LayerwiseReference:
     ) -> None:
         self.checkpoint, self.config, self._form = checkpoint, checkpoint.config, form
         self._generator = torch.Generator().manual_seed(0)
+        self.layers = 0  # that are through
         self._sequences, self._tapped = sequences, tapped
         self._tables = rope_tables(self.config, max(map(len, sequences)))
         self._own = self._start(range(len(sequences)))
@@ -93,16 +95,29 @@ class LayerwiseReference:
         table = self.checkpoint.read("embed.weight")
         return _Run(table[torch.cat(ids)][None].float(), spans, step, masks)
 
+    @property
+    def hidden(self) -> np.ndarray:
+        """Of the own run, after `layers` layers: [n, D]."""
+        return self._own.hidden[0].numpy()
+
+    def resume(self, layers: int, hidden: np.ndarray) -> None:
+        """Go on after so many layers, with the hidden states that another one had there."""
+        self.layers, self._own.hidden = layers, torch.from_numpy(hidden)[None]
+
     @torch.inference_mode()
     def steps(self, engine: Recorded) -> Iterator[Compared | int]:
         """Every step up to the last layer's output, in order of computation, and the number of each layer that is through."""
         local = self._start(self._tapped) if self._tapped else None
         if local is not None:
             exact = local.hidden[0]
-            yield self._compare(engine, None, "embedding", self._embedding_noise(exact), self._own.hidden[0])
-            local.hidden = engine.rows("embedding")[1][None]
-        for i in range(self.config.num_layers):
+            if not self.layers:
+                yield self._compare(engine, None, "embedding", self._embedding_noise(exact), self._own.hidden[0])
+            before = f"layers.{self.layers - 1}.output" if self.layers else "embedding"
+            local.hidden = engine.rows(before)[1][None]
+        for i in range(self.layers, self.config.num_layers):
+            self._generator.manual_seed(i)  # the same draws, wherever a run begins
             yield from self._layer(i, local, engine)
+            self.layers = i + 1
             yield i
 
     def _embedding_noise(self, rows: Tensor) -> Callable[[Rounding | None], Tensor]:

@@ -47,6 +47,10 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--tokens", type=positive, default=64, metavar="N", help="greedy tokens per prompt (default: 64)"
     )
+    parser.add_argument("--window", type=positive, default=256, metavar="N", help="tokens per window (default: 256)")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="keep what is done here; the same command goes on from it"
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report here as a page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here as JSON")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write the report here as JUnit XML")
@@ -65,10 +69,15 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.html, args.json, args.junit):
         if path is not None and not path.parent.is_dir():
             raise GateworkError(f"cannot write {path}", got="no such folder", fix="make it, or write elsewhere")
+    if args.work is not None and args.against is not None:
+        raise GateworkError("--work is for --reference", fix="leave it out")
+    settings: dict[str, Any] = {"work": args.work} if args.against is None else {}
     judge, other = (verify, args.reference) if args.against is None else (compare_engines, args.against)
     report = judge(
         args.engine,
         other,
+        window=args.window,
+        **settings,
         text=None if args.text is None else read_text(args.text),
         tokens=args.tokens,
         threads=args.threads,

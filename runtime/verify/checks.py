@@ -25,6 +25,7 @@ from gatework.runtime.verify.record import Recording, tap_names
 from gatework.runtime.verify.report import Check, Divergence, VerifyReport
 from gatework.runtime.verify.routing import Experts
 from gatework.runtime.verify.stages import Stage, difference, judge
+from gatework.runtime.verify.work import Work, work_folder
 
 if TYPE_CHECKING:
     from gatework.export.checkpoint import Checkpoint
@@ -48,6 +49,7 @@ def verify(
     bounds: Bounds | None = None,
     check_fingerprint: bool = True,
     threads: int | None = None,
+    work: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> VerifyReport:
     """Compare an engine with the PyTorch reference of its checkpoint.
@@ -66,6 +68,8 @@ def verify(
             there is a text.
         check_fingerprint: refuse a checkpoint that the engine was not built from.
         threads: of the engine.
+        work: folder that keeps what is done, so that the same call goes on where a stopped one was; it is not removed. Size:
+            some thousand float32 numbers per token and layer.
         progress: show progress bars on standard error.
 
     Raises:
@@ -81,12 +85,18 @@ def verify(
         if text is None:  # random tokens say nothing of quality
             bounds = replace(bounds, mean_kl=None, top1=None)
     plan = make_plan(engine, text, prompts, tokens, window, taps=module_of(engine) == "onnxruntime")
-    with tempfile.TemporaryDirectory(prefix="gatework-verify-") as folder:
-        recording = Recording(Path(folder), plan.cases)
-        unaltered = _run(engine, plan, recording, threads, progress)
+    with work_folder(None if work is None else Path(work)) as folder:
+        kept = Work(folder, _key(engine, checkpoint, plan, threads))
+        done = kept.recording(plan.cases)
+        if done is None:
+            recording = Recording(folder, plan.cases)
+            changed = _run(engine, plan, recording, threads, progress)
+            kept.keep_recording(recording, changed)
+        else:
+            recording, changed = done
         found = _Findings(recording, engine.model)
-        found.collect(checkpoint, _format(engine), progress)
-    checks = [*found.step_checks(unaltered), *found.logit_checks(bounds, has_text=text is not None)]
+        found.collect(checkpoint, _format(engine), None if work is None else kept, progress)
+    checks = [*found.step_checks(changed), *found.logit_checks(bounds, has_text=text is not None)]
     facts = plan.facts(engine) | found.facts(has_text=text is not None)
     return found.report(engine, str(checkpoint.path), checks, facts, has_text=text is not None)
 
@@ -143,6 +153,23 @@ def compare_engines(
         facts,
         has_text=text is not None,
     )
+
+
+def _key(engine: Engine, checkpoint: Checkpoint, plan: Plan, threads: int | None) -> dict[str, Any]:
+    """What a verification's results depend on."""
+    cases = [(case.name, case.ids, case.prompt, case.chunk, case.length, case.tapped) for case in plan.cases]
+    fingerprint = checkpoint.fingerprint()
+    return {
+        "engine": engine.manifest,
+        "checkpoint": fingerprint,
+        "cases": cases,
+        "threads": threads,
+        "versions": _versions(engine),
+    }
+
+
+def _versions(engine: Engine) -> dict[str, str]:
+    return {name: version(name) for name in _TOOLS} | module_version(engine) | {"numpy": version("numpy")}
 
 
 def _check_pair(engine: Engine, checkpoint: Checkpoint, check_fingerprint: bool) -> None:
@@ -215,8 +242,8 @@ class _Findings:
     flips: list[tuple[float, str]] = field(default_factory=list)  # margin and place of each that is not
     losses: dict[str, list[float]] = field(default_factory=lambda: {"reference": [], "engine": []})
 
-    def collect(self, checkpoint: Checkpoint, form: Format, progress: bool) -> None:
-        """Stream the reference and compare."""
+    def collect(self, checkpoint: Checkpoint, form: Format, work: Work | None, progress: bool) -> None:
+        """Stream the reference and compare; `work` keeps what was found after every layer."""
         from tqdm import tqdm
 
         from gatework.export.layerwise import Compared, LayerwiseReference
@@ -227,13 +254,21 @@ class _Findings:
         reference = LayerwiseReference(checkpoint, list(numbers), [of_case[i] for i in self.recording.starts], form)
         if self.model["moe"] is not None:
             self.experts = Experts(self.model["moe"]["top_k"])
+        if work is not None and (done := work.reference()) is not None:
+            layers, hidden, self.stages, experts = done
+            reference.resume(layers, hidden)
+            self.experts = None if experts is None else Experts(**experts)
         total = checkpoint.config.num_layers + 1
-        with tqdm(total=total, unit="layer", desc="reference", disable=not progress, file=sys.stderr) as bar:
+        with tqdm(
+            total=total, initial=reference.layers, unit="layer", desc="reference", disable=not progress, file=sys.stderr
+        ) as bar:
             for step in reference.steps(self.recording):
                 if isinstance(step, Compared):
                     self._add_step(step)
-                else:
-                    bar.update()
+                    continue
+                bar.update()
+                if work is not None:
+                    work.keep_reference(step + 1, reference.hidden, self.stages, self.experts)
             for item in reference.logits(self.recording):
                 if isinstance(item, Compared):
                     self._add_step(item)
@@ -375,7 +410,7 @@ class _Findings:
         self, engine: Engine, reference: str, checks: Sequence[Check], facts: dict[str, Any], *, has_text: bool
     ) -> VerifyReport:
         """All together."""
-        versions = {name: version(name) for name in _TOOLS} | module_version(engine) | {"numpy": version("numpy")}
+        versions = _versions(engine)
         return VerifyReport(
             engine=str(engine.path),
             reference=reference,

@@ -31,7 +31,21 @@ class Rows:
     def __init__(self, path: Path, count: int) -> None:
         self._path, self._width = path, 0
         self._seen = np.zeros(count, bool)
-        path.touch()
+        path.write_bytes(b"")
+
+    @classmethod
+    def restored(cls, path: Path, seen: np.ndarray) -> Rows:
+        """The file as it is, of which these rows were written."""
+        rows = cls.__new__(cls)
+        rows._path, rows._seen = path, seen.astype(bool)
+        count = int(np.flatnonzero(seen)[-1]) + 1 if seen.any() else 1
+        rows._width = path.stat().st_size // 4 // count
+        return rows
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Whether each row was written."""
+        return self._seen
 
     def write(self, start: int, rows: np.ndarray) -> None:
         """Rows [n, d] from `start` on."""
@@ -57,7 +71,7 @@ class Recording:
     Rows of steps count from the first token of the first tapped case.
     """
 
-    def __init__(self, folder: Path, cases: Sequence[Case]) -> None:
+    def __init__(self, folder: Path, cases: Sequence[Case], *, restore: dict[str, np.ndarray] | None = None) -> None:
         self.cases, self._folder = cases, folder
         self.starts: dict[int, int] = {}  # of the tapped cases
         self.total = 0
@@ -66,7 +80,26 @@ class Recording:
                 self.starts[i] = self.total
                 self.total += case.length
         self._steps: dict[str, Rows] = {}
-        self.logits = [Rows(folder / f"logits.{i}", case.length) for i, case in enumerate(cases)]
+        files = [(f"logits.{i}", case.length) for i, case in enumerate(cases)]
+        if restore is None:
+            self.logits = [Rows(folder / name, length) for name, length in files]
+        else:
+            self.logits = [Rows.restored(folder / name, restore[name]) for name, _ in files]
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What `restored` needs besides the files."""
+        steps = {f"step.{name}": rows.seen for name, rows in self._steps.items()}
+        return steps | {f"logits.{i}": rows.seen for i, rows in enumerate(self.logits)}
+
+    @classmethod
+    def restored(cls, folder: Path, cases: Sequence[Case], state: dict[str, np.ndarray]) -> Recording:
+        """A recording whose files are there."""
+        recording = cls(folder, cases, restore=state)
+        for key in state:
+            if key.startswith("step."):
+                name = key.removeprefix("step.")
+                recording._steps[name] = Rows.restored(folder / name, state[key])
+        return recording
 
     def rows(self, name: str) -> tuple[Tensor, Tensor]:
         """See `gatework.export.layerwise.Recorded`."""

@@ -107,9 +107,9 @@ class VerifyReport:
         """The verdict in a line."""
         if self.passed:
             judged = sum(check.bound is not None for check in self.checks)
-            return f"passed: {judged} checks within their bounds" + (
-                f", {len(self.stages)} steps explained by rounding" if self.stages else ""
-            )
+            steps = sum(math.isfinite(stage.bound) for stage in self.stages)
+            inside = f", {steps} steps explained by rounding" if steps else ""
+            return f"passed: {judged} checks within their bounds{inside}"
         if self.first_divergence is not None:
             return f"FAILED: first divergence in {self.first_divergence}"
         return "FAILED: " + ", ".join(check.name for check in self.checks if not check.passed)
@@ -164,7 +164,15 @@ class VerifyReport:
             verdict = "ok" if all(stage.passed for stage in same) else f"FAILED {', '.join(failed)}".rstrip()
             numbers = (tight.local, tight.expected, tight.bound, tight.accumulated)
             place = "" if tight.layer is None else f"layer {tight.layer}"
-            rows.append((tensor, str(len(same)), *(f"{number:.2g}" for number in numbers), place, verdict))
+            rows.append(
+                (
+                    tensor,
+                    str(len(same)),
+                    *(f"{number:.2g}" if math.isfinite(number) else "" for number in numbers),
+                    place,
+                    verdict,
+                )
+            )
         return table(rows, "<>>>>>><")
 
 

@@ -1,0 +1,113 @@
+"""The parity matrix: every family, precision and target that this machine can run, each engine judged by `verify`.
+
+    python -m benchmarks.parity                                       # what `make parity` runs; pages in build/parity
+    python -m benchmarks.parity --seeds 20 --targets cpu              # false alarms: many random checkpoints of each family
+
+Random checkpoints in the public formats, and the bundled one with its text. A cell fails if one of its engines does. Exit code
+1 if a cell failed. Ends with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnxruntime
+from tqdm import tqdm
+
+from gatework.export.build import build_engine, export_onnx
+from gatework.runtime.formatting import table
+from gatework.runtime.verify import VerifyReport, verify
+from gatework.runtime.verify.html import to_html
+from tests.checkpoints import TABLE, make_checkpoint
+
+TINY = Path(__file__).parents[1] / "examples" / "tiny-mixtral"
+PRECISIONS = {"cpu": ("fp32", "int8", "int4"), "onnx": ("fp32",), "cuda": ("fp32", "bf16", "fp16", "int8", "int4")}
+
+
+@dataclass(slots=True)
+class Cell:
+    """share: the largest of its bound that any step used up. values: rows compared inside the layers."""
+
+    model: str
+    target: str
+    precision: str
+    engines: int = 0
+    failed: int = 0
+    share: float = 0.0
+    values: int = 0
+    kl: float = 0.0
+
+    def add(self, report: VerifyReport) -> None:
+        """Count an engine."""
+        self.engines += 1
+        self.failed += not report.passed
+        self.share = max(self.share, *(stage.share for stage in report.stages))
+        self.values += sum(stage.compared for stage in report.stages)
+        self.kl = max(self.kl, report.quality["kl"]["mean"] if report.quality["kl"] else float("inf"))
+
+
+def main() -> int:
+    here = ["cpu", "onnx"] + ["cuda"] * ("CUDAExecutionProvider" in onnxruntime.get_available_providers())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=1, help="random checkpoints of each family (default: 1)")
+    parser.add_argument("--models", nargs="+", default=["tiny-mixtral", *TABLE], choices=["tiny-mixtral", *TABLE])
+    parser.add_argument(
+        "--targets", nargs="+", default=here, choices=list(PRECISIONS), help=f"default: {' '.join(here)}"
+    )
+    parser.add_argument("--pages", type=Path, metavar="DIR", help="folder for a page per engine")
+    args = parser.parse_args()
+    cells = [Cell(m, target, p) for m in args.models for target in args.targets for p in PRECISIONS[target]]
+    for cell in tqdm(cells, unit="cell", disable=not sys.stderr.isatty()):
+        for seed, checkpoint in enumerate(_checkpoints(cell.model, args.seeds)):
+            report = _judge(cell, checkpoint)
+            cell.add(report)
+            if not report.passed:
+                print(f"{cell.model} {cell.target} {cell.precision}, seed {seed}: {report.summary}", flush=True)
+            if args.pages is not None:
+                args.pages.mkdir(parents=True, exist_ok=True)
+                page = args.pages / f"{cell.model}-{cell.target}-{cell.precision}-{seed}.html"
+                page.write_text(to_html(report.to_dict()), encoding="utf-8")
+    rows = [("model", "target", "precision", "engines", "failed", "share of bound", "mean KL")]
+    rows += [
+        (c.model, c.target, c.precision, str(c.engines), str(c.failed), f"{c.share:.2f}", f"{c.kl:.2g}") for c in cells
+    ]
+    print(table(rows, "<<<>>>>"))
+    failed = sum(cell.failed > 0 for cell in cells)
+    print(f"{len(cells) - failed} of {len(cells)} cells passed")
+    print(json.dumps({"failed": failed, "cells": [asdict(cell) for cell in cells]}))
+    return int(failed > 0 or not cells)
+
+
+def _checkpoints(model: str, seeds: int) -> Iterator[Path]:
+    if model == TINY.name:
+        yield TINY
+        return
+    for seed in range(seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            with contextlib.redirect_stderr(io.StringIO()):  # transformers' own progress bars
+                checkpoint = make_checkpoint(Path(folder), model, seed)
+            yield checkpoint
+
+
+def _judge(cell: Cell, checkpoint: Path) -> VerifyReport:
+    text = (TINY / "heldout.txt").read_text(encoding="utf-8")[:20_000] if checkpoint == TINY else None
+    with tempfile.TemporaryDirectory() as folder:
+        out, length = Path(folder) / "engine", 256 if text else None
+        if cell.target == "onnx":
+            engine = export_onnx(checkpoint, out, max_seq=length)
+        else:
+            limits = {"prefill_chunk": 16, "max_batch": 3, "max_seq": length}
+            engine = build_engine(checkpoint, out, target=cell.target, precision=cell.precision, **limits)
+        return verify(engine, checkpoint, text=text, tokens=16)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
