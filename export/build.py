@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import Dtype
+from gatework.export.golden import require_polygraphy, write_golden
 from gatework.export.lower import CUDA_DTYPES, lower_to_cpu, lower_to_cuda
 from gatework.export.lower.packed import to_contrib
 from gatework.export.materialize import write_model
@@ -135,6 +136,7 @@ def export_onnx(
     dtype: Dtype = "float32",
     max_seq: int | None = None,
     all_logits: bool = False,
+    golden: Path | None = None,
     force: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -142,9 +144,13 @@ def export_onnx(
 
     It runs on any ONNX runtime of opset 24: gatework::MoE carries its definition in standard operators. With its manifest the
     folder is an engine as well, for the target "onnx", which ONNX Runtime runs with none of this package's kernels.
+
+    golden: a new folder for inputs and the reference's outputs; see `gatework.export.golden`.
     """
     if dtype not in _PRECISIONS:
         raise GateworkError("unknown dtype", got=dtype, expected=" or ".join(_PRECISIONS))
+    if golden is not None:
+        require_polygraphy(golden)
     checkpoint = Checkpoint.open(source)
     options = BuildOptions(target="cpu", precision="fp32", max_seq=max_seq).fitted_to(checkpoint.config)
     assert options.max_seq is not None
@@ -158,6 +164,8 @@ def export_onnx(
         )
         precision = _PRECISIONS[dtype]
         finish_engine(directory, names, checkpoint, options, inputs, tools, facts, target="onnx", precision=precision)
+        if golden is not None:
+            write_golden(checkpoint, golden, options.max_seq, all_logits=all_logits)
     return Path(out)
 
 

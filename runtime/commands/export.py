@@ -11,10 +11,15 @@ from gatework.runtime.formatting import size
 
 _ABOUT = """
     Write the canonical ONNX model of a checkpoint: model.onnx, with its weights in safetensors files beside it.
-    Any ONNX runtime of opset 24 runs it: the gatework::MoE operator carries its definition in standard operators.
+    Any ONNX runtime of opset 24 runs it: the gatework::MoE operator carries its definition in standard operators. With its
+    manifest the folder is an engine too, which generate, bench and verify take.
+
+    --golden writes inputs.json and outputs.json, the float32 reference's, in Polygraphy's format:
+    polygraphy run DIR/model.onnx --onnxrt --load-inputs golden/inputs.json --load-outputs golden/outputs.json
 """
 _EXAMPLES = """
     gatework export examples/tiny-mixtral --out onnx/tiny
+    gatework export examples/tiny-mixtral --out onnx/tiny --max-seq 64 --golden golden
     gatework export Mixtral-8x7B-v0.1 --dtype bfloat16 --max-seq 4096 --all-logits --out onnx/mixtral
 """
 
@@ -27,6 +32,9 @@ def add(commands: Commands) -> None:
     parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default: float32)")
     parser.add_argument("--max-seq", type=int, metavar="N", help="cache positions (default: the model's context)")
     parser.add_argument("--all-logits", action="store_true", help="logits of every position, not only of the last")
+    parser.add_argument(
+        "--golden", type=Path, metavar="DIR", help="write inputs and outputs for Polygraphy here, a new folder"
+    )
     parser.add_argument("--force", action="store_true", help="replace a model that stands at DIR")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
@@ -42,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         max_seq=args.max_seq,
         all_logits=args.all_logits,
+        golden=args.golden,
         force=args.force,
         progress=not args.quiet and sys.stderr.isatty(),
     )

@@ -161,3 +161,27 @@ def test_refuses_to_overwrite(tmp_path: Path) -> None:
             export_onnx(checkpoint, out, force=force)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     assert json.dumps(sorted(p.name for p in out.iterdir())) == '["precious.txt"]'
+
+
+def test_polygraphy_finds_the_reference_in_it(tmp_path: Path) -> None:
+    """The real tool, on the real files; and it says no where a weight is another."""
+    checkpoint = make_checkpoint(tmp_path, "mixtral", max_position_embeddings=32)
+    folder = export_onnx(checkpoint, tmp_path / "onnx", golden=tmp_path / "golden")
+    run = [Path(sys.executable).with_name("polygraphy"), "run", folder / "model.onnx", "--onnxrt"]
+    run += [
+        "--load-inputs",
+        tmp_path / "golden" / "inputs.json",
+        "--load-outputs",
+        tmp_path / "golden" / "outputs.json",
+    ]
+    run += ["--atol", "1e-4", "--rtol", "1e-4"]
+    found = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "PASSED" in found.stdout
+    weights = folder / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-4000:] = bytes(4000)
+    weights.write_bytes(content)
+    assert subprocess.run(run, capture_output=True, check=False).returncode == 1
+    with pytest.raises(GateworkError, match="exists and is not empty"):
+        export_onnx(checkpoint, tmp_path / "other", golden=tmp_path / "golden")

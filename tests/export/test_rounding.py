@@ -1,0 +1,65 @@
+"""The model of rounding predicts what rounding really does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gatework.export.quantize import quantize_rows
+from gatework.export.rounding import UNITS, Format, Rounding
+
+ROWS, N, K = 32, 192, 256
+
+
+def rounded(values: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """Values [n, K] as the quantiser stores them."""
+    codes, scales = quantize_rows(values, bits, group)
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+    return ((codes.float() - 2 ** (bits - 1)) * scales[..., None]).flatten(1)[:, : values.shape[1]]
+
+
+def predicted(form: Format, x: torch.Tensor, w: torch.Tensor) -> float:
+    """Expected norm of the error of all rows."""
+    exact, off = F.linear(x, w), []
+    for seed in range(4):
+        with Rounding(form, torch.Generator().manual_seed(seed)):
+            off.append((F.linear(x, w) - exact).square().sum())
+    return float(torch.stack(off).mean().sqrt())
+
+
+@pytest.mark.parametrize(("bits", "group", "least"), [(8, 128, 0.9), (8, 32, 0.9), (4, 32, 0.7), (4, 16, 0.7)])
+@pytest.mark.parametrize("outliers", [False, True])
+def test_integer_products(bits: int, group: int, least: float, outliers: bool) -> None:
+    """Weights and activations in groups; int4's scales, of least squared error, do better than the model."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(ROWS, K, generator=generator), torch.randn(N, K, generator=generator)
+    if outliers:
+        x[:, 7] *= 20
+        w[::3, 40] *= 10
+    got = F.linear(rounded(x, 8, group), rounded(w, bits, group)) - F.linear(x, w)
+    ratio = float(got.norm()) / predicted(Format(UNITS["float32"], bits, group, dynamic=True), x, w)
+    assert least < ratio < 1.1, ratio
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_products(dtype: str) -> None:
+    """Inputs, weights and results rounded; the model counts the roundings of an input that came before, too."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(ROWS, K, generator=generator), torch.randn(N, K, generator=generator)
+    kind = getattr(torch, dtype)
+    got = F.linear(x.to(kind).double(), w.to(kind).double()).to(kind).double() - F.linear(x.double(), w.double())
+    ratio = float(got.norm()) / predicted(Format(UNITS[dtype]), x, w)
+    assert 0.25 < ratio < 1.1, ratio
+
+
+def test_float32_sums() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(ROWS, 2048, generator=generator), torch.randn(N, 2048, generator=generator)
+    want = F.linear(x.double(), w.double())
+    one_by_one = torch.zeros(ROWS, N)
+    for k in range(2048):
+        one_by_one += torch.outer(x[:, k], w[:, k])
+    ratio = float((one_by_one - want).norm()) / predicted(Format(UNITS["float32"]), x, w)
+    assert 0.25 < ratio < 1.1, ratio
