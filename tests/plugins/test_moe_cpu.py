@@ -194,7 +194,7 @@ def compiled(folder: Path, *options: str) -> Path:
     """The library, built again with other options."""
     command = ["cmake", "-S", ROOT / "plugins/moe/cpu", "-B", folder, *options]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    subprocess.run(["cmake", "--build", folder], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["cmake", "--build", folder, "--parallel", "2"], check=True, stdout=subprocess.DEVNULL)
     return folder / "libgatework_cpu.so"
 
 
