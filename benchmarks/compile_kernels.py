@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from gatework.plugins.errors import GateworkError
-from gatework.plugins.machine import gpu_capability
+from gatework.plugins.machine import gpu_capability, usable_cpus
 from gatework.plugins.moe import measure
 from gatework.plugins.moe.kernels.compile import compile_variant
 from gatework.plugins.moe.kernels.launches import SMS, Variant, launches
+from gatework.plugins.moe.launcher import served_by
 from gatework.plugins.moe.spec import MoESizes
 from tests.plugins.moe_checks import CHECKED, REPLAYED, THROUGH_PYTORCH
 
@@ -28,19 +28,20 @@ from tests.plugins.moe_checks import CHECKED, REPLAYED, THROUGH_PYTORCH
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sm", type=int, choices=SMS, help="default: the GPU's here")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--jobs", type=int, default=usable_cpus())
     parser.add_argument("--most", type=int, help="compile no more than this many")
     args = parser.parse_args()
     capability = gpu_capability()
     if args.sm is None and capability is None:
         parser.error("no GPU here: name one with --sm")
-    sm = args.sm or 10 * capability[0] + capability[1]
+    sm = args.sm or served_by(10 * capability[0] + capability[1])
     wanted = sorted(variants(sm), key=lambda variant: not variant.kernel.startswith("gemm"))[: args.most]
     start, failed = time.perf_counter(), []
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         for error in pool.map(attempt, wanted, [sm] * len(wanted)):
             failed += [error] * (error is not None)
-    print("\n".join(failed), file=sys.stderr)
+    for error in failed:
+        print(error, file=sys.stderr)
     seconds = round(time.perf_counter() - start, 1)
     print(json.dumps({"sm": sm, "kernels": len(wanted), "failed": len(failed), "seconds": seconds}))
     return int(bool(failed))

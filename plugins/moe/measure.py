@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -18,10 +19,12 @@ from torch import Tensor
 from gatework.plugins.moe import peers, torch_op
 from gatework.plugins.moe.kernels.launches import Variant, launches
 from gatework.plugins.moe.spec import MoEAttributes, MoESizes
+from gatework.plugins.moe.workspace import HIDDEN_CODES
 
 DEVICE = "cuda"
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 CHECKED = (1, 64, 4096)  # tokens for which the error is taken
+ONE_CODE = ("mixtral", 4096)  # shape and tokens for `bench_one_code`
 STACK_LAYERS, STACK_BYTES = 32, 48e9
 COPIED, WIDTH = 2 << 30, 8192  # bytes copied, and the side of dense products, for the limits
 
@@ -85,7 +88,12 @@ def variants(sm: int, shapes: Iterable[str], formats: Iterable[str], tokens: Ite
         for T in (*tokens, *CHECKED)
     ]
     calls.append((TINY.sizes, TINY.attributes, torch.bfloat16))
-    found = set()
+    found: set[Variant] = set()
+    if "fp8" in formats:
+        shape, T = SHAPES[ONE_CODE[0]], ONE_CODE[1]
+        with one_code():
+            listed = launches(sm, shape.sizes._replace(T=T), with_format(shape.attributes, "fp8"), "bfloat16")
+        found |= {launch.variant for launch in listed}
     for sizes, attributes, kind in calls:
         dtype: Literal["float16", "bfloat16"] = "float16" if kind == torch.float16 else "bfloat16"
         found |= {launch.variant for launch in launches(sm, sizes, attributes, dtype)}
@@ -145,13 +153,12 @@ def seconds_of(run: Callable[[], object], *, graph: bool = True, least: float = 
 
 def kernel_seconds(replay: Callable[[], object]) -> float:
     """The sum of the durations of the kernels that one call runs, as CUPTI tells them."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         replay()
         torch.cuda.synchronize()
-    events = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
+    events = [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
     return sum(event.self_device_time_total for event in events) / 1e6
 
 
@@ -236,7 +243,7 @@ def bench_shape(
         attributes, dtype = with_format(shape.attributes, each), FORMATS[each].dtype
         weights = dense if each == "bf16" else random_weights(shape, attributes, dtype)
         checked = tuple(T for T in tokens if T in CHECKED)
-        errors = attempt(partial(errors_of, shape, checked, weights, attributes, each))
+        errors: dict[Any, Any] = attempt(partial(errors_of, shape, checked, weights, attributes, each))
         for T in tokens:
             case: dict[str, Any] = {"shape": name, "format": each, "tokens": T}
             if time.time() > deadline:
@@ -247,6 +254,8 @@ def bench_shape(
             yield "cases", case
             if "error" in case and lost():
                 return
+        if each == "fp8" and name == ONE_CODE[0] and ONE_CODE[1] in tokens and time.time() < deadline:
+            yield "fp8_one_code", attempt(partial(bench_one_code, shape, weights, attributes, limits))
         del weights
         torch.cuda.empty_cache()
 
@@ -276,6 +285,33 @@ def bench_case(
     fastest = min((value for value in case["peers_us"].values() if isinstance(value, float)), default=None)
     case["speedup"] = round(fastest / case["us"], 2) if fastest else None
     return case
+
+
+@contextmanager
+def one_code() -> Iterator[None]:
+    """`hidden` in one fp8 code instead of two."""
+    before = HIDDEN_CODES["fp8_e4m3"]
+    torch_op._launcher.cache_clear()
+    HIDDEN_CODES["fp8_e4m3"] = 1
+    try:
+        yield
+    finally:
+        HIDDEN_CODES["fp8_e4m3"] = before
+        torch_op._launcher.cache_clear()
+
+
+def bench_one_code(
+    shape: Shape, weights: dict[str, Tensor], attributes: MoEAttributes, limits: dict[str, float]
+) -> dict[str, Any]:
+    """What the second code of `hidden` costs in time and gains in error: the case without it."""
+    T = ONE_CODE[1]
+    with one_code():
+        found = {"tokens": T, "relative_error": errors_of(shape, (T,), weights, attributes, "fp8")[T]["relative_error"]}
+        x, logits = inputs_of(shape, T, torch.bfloat16)
+        seconds = seconds_of(partial(torch_op.moe, x, logits, attributes=attributes, **weights))
+    found["us"] = round(1e6 * seconds, 1)
+    share = {} if "error" in limits else share_of_limit(shape, attributes, "fp8", T, logits, weights, seconds, limits)
+    return found | share
 
 
 def share_of_limit(

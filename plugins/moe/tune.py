@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -58,9 +58,13 @@ def table(shape_name: str, formats: Iterable[str], tokens: Iterable[int]) -> Ite
             call = partial(torch_op.moe, x, logits, attributes=attributes, **weights)
             for tile in (None, *candidates(T)):
                 with forced(tile):
-                    found = attempt(lambda call=call: {"us": round(1e6 * seconds_of(call), 1)})
+                    found = attempt(partial(microseconds, call))
                 words = tile or ("chosen", *"----")
                 yield f"| {shape_name} | {name} | {T} | {' | '.join(map(str, words))} | {found.get('us', found)} |"
+
+
+def microseconds(call: Callable[[], object]) -> dict[str, float]:
+    return {"us": round(1e6 * seconds_of(call), 1)}
 
 
 @contextmanager

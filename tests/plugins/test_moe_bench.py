@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gatework.plugins.moe import bench, measure, peers, reference, torch_op
 from gatework.plugins.moe.spec import MoEAttributes, MoESizes
+from gatework.plugins.moe.workspace import HIDDEN_CODES
 from tests.plugins.moe_cases import assert_close, random_inputs
 
 # Two bfloat16 roundings of u and h and one of each expert's output.
@@ -66,7 +67,10 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     operator = torch_op.moe
     small = {name: each._replace(sizes=MoESizes(1, 128, 5, 256)) for name, each in measure.SHAPES.items()}
     patches = {"DEVICE": "cpu", "seconds_of": once, "captured": lambda run: run, "SHAPES": small}
-    for name, value in (patches | {"kernel_seconds": once, "COPIED": 1 << 20, "WIDTH": 512, "STACK_LAYERS": 2}).items():
+    for name, value in (
+        patches
+        | {"kernel_seconds": once, "COPIED": 1 << 20, "WIDTH": 512, "STACK_LAYERS": 2, "ONE_CODE": ("mixtral", 64)}
+    ).items():
         monkeypatch.setattr(measure, name, value)
     monkeypatch.setattr(torch_op, "moe", moe)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -90,6 +94,8 @@ def test_every_measurement_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert case["speedup"] == 1
         assert case["share_of_limit"] == max(case["share_of_copy"], case["share_of_gemm"])
         assert ("scaled_grouped_mm fp8" in case["peers_us"]) == (case["format"] == "fp8")
+    assert report["fp8_one_code"]["tokens"] == 64
+    assert HIDDEN_CODES["fp8_e4m3"] == 2
     assert report["mixtral_fp8_stack"]["layers"] == 2
     assert report["tiny_layer"] == {
         "replayed_us": 31.25,

@@ -18,7 +18,7 @@ from gatework.plugins.machine import gpu_capability
 from gatework.plugins.moe import torch_op
 from gatework.plugins.moe.kernels.compile import save
 from gatework.plugins.moe.kernels.launches import SMS, variants
-from gatework.plugins.moe.launcher import Call, Launcher
+from gatework.plugins.moe.launcher import Call, Launcher, served_by
 from gatework.plugins.moe.spec import MoEAttributes, MoESizes
 from gatework.plugins.moe.tensorrt import input_names, register
 from gatework.plugins.tensorrt_module import load_toolchain
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.gpu
 if gpu_capability() is None or not torch.cuda.is_available():
     pytest.skip("no GPU: no kernel runs, only the interpreter's", allow_module_level=True)
 
-SM = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+SM = served_by(10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1])
 if SM not in SMS:
     pytest.skip(f"no kernels for sm_{SM}: none runs", allow_module_level=True)
 

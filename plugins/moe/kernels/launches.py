@@ -288,7 +288,8 @@ def _gemm_constants(setting: Setting, tile: Tile, columns: int) -> dict[str, Con
     group = attributes.group_size
     scaling = "none" if attributes.weight_format == "dense" else "row" if not group else "element"
     if scaling == "element" and group % tile.BK == 0:
-        scaling = "step"
+        # Larger tiles have no registers left for scales of two steps.
+        scaling = "ahead" if tile.BM == FEW else "step"
     return {
         "SCALING": scaling,
         "GROUP": group or columns,
