@@ -18,6 +18,7 @@ It needs a CUDA GPU and has not run on one yet.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -118,7 +119,8 @@ def benchmark(
 
 def collect(part: Part, report: dict[str, Any], out: Path) -> None:
     """Run a part in a process of its own; the report holds what it yields as soon as it does, and whether it broke."""
-    context = get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([measure.__name__])  # imports PyTorch once, without touching CUDA
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(part, sending))
     process.start()
@@ -141,6 +143,7 @@ def collect(part: Part, report: dict[str, Any], out: Path) -> None:
 
 
 def _send(part: Part, connection: Connection) -> None:
+    gc.freeze()  # every capture collects garbage: what was imported is none
     try:
         for each in part():
             connection.send(each)

@@ -127,7 +127,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def seconds_of(run: Callable[[], object], *, graph: bool = True, least: float = 0.03) -> float:
+def seconds_of(run: Callable[[], object], *, graph: bool = True, least: float = 0.02) -> float:
     """Median time of a run among enough to fill `least` seconds three times; captured in a CUDA graph unless told not to."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
