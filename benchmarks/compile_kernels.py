@@ -18,6 +18,7 @@ from multiprocessing import get_context
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import gpu_capability, usable_cpus
 from gatework.plugins.moe import measure
+from gatework.plugins.moe.bench_layers import FORMATS, SHAPES
 from gatework.plugins.moe.kernels.compile import compile_variant
 from gatework.plugins.moe.kernels.launches import SMS, Variant, launches
 from gatework.plugins.moe.launcher import served_by
@@ -49,8 +50,8 @@ def main() -> int:
 
 def variants(sm: int) -> set[Variant]:
     """Of the tests' cases and the benchmark's."""
-    formats = [name for name in measure.FORMATS if name != "fp8" or sm >= 89]
-    found = measure.variants(sm, measure.SHAPES, formats, measure.TOKENS)
+    formats = [name for name in FORMATS if name != "fp8" or sm >= 89]
+    found = measure.variants(sm, SHAPES, formats, measure.TOKENS)
     for case in (*CHECKED, *REPLAYED, *THROUGH_PYTORCH):
         if case.attributes.weight_format != "fp8_e4m3" or sm >= 89:
             sizes = MoESizes(case.T, case.D, case.E, case.I)

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gatework.plugins.moe.measure import FORMATS, SHAPES, TOKENS
+from gatework.plugins.moe.bench_layers import FORMATS, SHAPES
+from gatework.plugins.moe.measure import TOKENS
 
 MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
 UNDECIDED = (5, 124, 126, 127, 137)  # pytest ran no test; out of time; no such command; killed

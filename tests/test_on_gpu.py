@@ -14,8 +14,9 @@ import pytest
 from benchmarks.compile_kernels import variants
 from benchmarks.gpu_summary import MET, MISSED, NOT_MEASURED, judge
 from gatework.plugins.machine import gpu_capability
+from gatework.plugins.moe.bench_layers import FORMATS, SHAPES
 from gatework.plugins.moe.kernels.registry import KERNELS
-from gatework.plugins.moe.measure import FORMATS, SHAPES, TOKENS
+from gatework.plugins.moe.measure import TOKENS
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "on_gpu.sh"
 TESTS = ("gpu-tests", "sanitizer", "racecheck", "plan-tests", "cuda-tests")

@@ -34,7 +34,8 @@ import torch
 
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe import measure, tune
-from gatework.plugins.moe.measure import FORMATS, SHAPES, TOKENS
+from gatework.plugins.moe.bench_layers import FORMATS, SHAPES
+from gatework.plugins.moe.measure import TOKENS
 
 RESULTS = Path("benchmarks/results")
 Part = Callable[[], Iterator[tuple[str, dict[str, Any]]]]  # yields names in the report and what goes there

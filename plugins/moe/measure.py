@@ -11,72 +11,33 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gatework.plugins.moe import peers, torch_op
+from gatework.plugins.moe import bench_layers, peers, torch_op
+from gatework.plugins.moe.bench_layers import (
+    FORMATS,
+    SHAPES,
+    TINY,
+    Shape,
+    dequantized,
+    formats_of,
+    inputs_of,
+    random_weights,
+    with_format,
+)
 from gatework.plugins.moe.kernels.launches import Variant, launches
-from gatework.plugins.moe.spec import MoEAttributes, MoESizes
+from gatework.plugins.moe.spec import MoEAttributes
 from gatework.plugins.moe.workspace import HIDDEN_CODES
 
-DEVICE = "cuda"
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 CHECKED = (1, 64, 4096)  # tokens for which the error is taken
 ONE_CODE = ("mixtral", 4096)  # shape and tokens for `bench_one_code`
 STACK_LAYERS, STACK_BYTES = 32, 48e9
 COPIED, WIDTH = 2 << 30, 8192  # bytes copied, and the side of dense products, for the limits
-
-
-class Format(NamedTuple):
-    """largest_error: of ||y - reference|| / ||reference|| that passes; int8's and fp8's is mostly that of x in 8 bits."""
-
-    weight_format: Any
-    group_size: int
-    dtype: torch.dtype
-    largest_error: float
-
-
-FORMATS = {
-    "bf16": Format("dense", 0, torch.bfloat16, 1e-2),
-    "fp16": Format("dense", 0, torch.float16, 1e-2),
-    "fp8": Format("fp8_e4m3", 0, torch.bfloat16, 4e-2),
-    "int8": Format("int8", 0, torch.bfloat16, 2e-2),
-    "int4": Format("int4", 128, torch.bfloat16, 1e-2),
-}
 RATES = {"fp16": "bf16", "int4": "bf16"}  # the format whose products they are
-
-
-class Shape(NamedTuple):
-    """Of one MoE layer."""
-
-    sizes: MoESizes  # T is 1
-    attributes: MoEAttributes
-
-
-SHAPES = {
-    "mixtral": Shape(MoESizes(1, 4096, 8, 14336), MoEAttributes(top_k=2)),
-    "dbrx": Shape(MoESizes(1, 6144, 16, 10752), MoEAttributes(top_k=4)),
-    "grok-1": Shape(MoESizes(1, 6144, 8, 32768), MoEAttributes(top_k=2, activation="gelu", renormalize=False)),
-    "openmoe-8b": Shape(
-        MoESizes(1, 2048, 32, 8192),
-        MoEAttributes(top_k=2, glu="three_way", renormalize=False, capacity_factor=2.0, min_capacity=4),
-    ),
-}
-FP16_SHAPE = "mixtral"  # elsewhere it would tell what bf16 tells
-TINY = Shape(MoESizes(1, 64, 8, 64), MoEAttributes(top_k=2))
-
-
-def formats_of(shape: str, asked: Iterable[str]) -> list[str]:
-    """Those that are measured with a shape."""
-    return [name for name in asked if name != "fp16" or shape == FP16_SHAPE]
-
-
-def with_format(attributes: MoEAttributes, name: str) -> MoEAttributes:
-    """The same operator on weights of a format of FORMATS."""
-    weight_format, group, *_ = FORMATS[name]
-    return MoEAttributes.from_dict(attributes.to_dict() | {"weight_format": weight_format, "group_size": group})
 
 
 def variants(sm: int, shapes: Iterable[str], formats: Iterable[str], tokens: Iterable[int]) -> set[Variant]:
@@ -102,18 +63,18 @@ def variants(sm: int, shapes: Iterable[str], formats: Iterable[str], tokens: Ite
 
 def measure_limits(*, fp8: bool) -> dict[str, float]:
     """Bytes per second of a copy, read and write counted, and of reading; operations per second of large dense products."""
-    source = torch.zeros(COPIED // 4, device=DEVICE)
+    source = torch.zeros(COPIED // 4, device=bench_layers.DEVICE)
     target = torch.empty_like(source)
     found = {"copy_gb_s": 2 * COPIED / seconds_of(partial(target.copy_, source)) / 1e9}
     found["read_gb_s"] = COPIED / seconds_of(source.amax) / 1e9
     del source, target
-    a = torch.randn(WIDTH, WIDTH, device=DEVICE, dtype=torch.bfloat16)
+    a = torch.randn(WIDTH, WIDTH, device=bench_layers.DEVICE, dtype=torch.bfloat16)
     operations = 2 * WIDTH**3 / 1e12
     found["bf16_tflop_s"] = operations / seconds_of(lambda: a @ a.T)
-    i = torch.randint(-127, 127, (WIDTH, WIDTH), device=DEVICE, dtype=torch.int8)
+    i = torch.randint(-127, 127, (WIDTH, WIDTH), device=bench_layers.DEVICE, dtype=torch.int8)
     found["int8_tflop_s"] = operations / seconds_of(lambda: torch._int_mm(i, i.T))
     if fp8:
-        f, one = a.to(torch.float8_e4m3fn), torch.ones((), device=DEVICE)
+        f, one = a.to(torch.float8_e4m3fn), torch.ones((), device=bench_layers.DEVICE)
         run = partial(torch._scaled_mm, f, f.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
         found["fp8_tflop_s"] = operations / seconds_of(run)
     return {name: round(value, 1) for name, value in found.items()}
@@ -160,48 +121,6 @@ def kernel_seconds(replay: Callable[[], object]) -> float:
         torch.cuda.synchronize()
     events = [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
     return sum(event.self_device_time_total for event in events) / 1e6
-
-
-def random_weights(shape: Shape, attributes: MoEAttributes, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """Weights and scales of one layer; products of them keep the order of magnitude of what goes in."""
-    _, D, E, I = shape.sizes
-    found = {}
-    for name, rows, columns in (("w_in", attributes.w_in_rows(I), D), ("w_out", D, I)):
-        spread = columns**-0.5
-        experts = [_random_expert(rows, columns, spread, attributes.weight_format, dtype) for _ in range(E)]
-        found[name] = torch.stack(experts)
-        if attributes.weight_format != "dense":
-            step = spread / {"fp8_e4m3": 100.0, "int8": 40.0, "int4": 2.5}[attributes.weight_format]
-            scales = torch.rand(E, rows, attributes.groups(columns), device=DEVICE)
-            found[f"{name}_scale"] = step * (0.5 + scales)
-    return found
-
-
-def _random_expert(rows: int, columns: int, spread: float, weight_format: str, dtype: torch.dtype) -> Tensor:
-    if weight_format == "int4":
-        return torch.randint(0, 256, (rows, (columns + 1) // 2), device=DEVICE, dtype=torch.uint8)
-    w = torch.randn(rows, columns, device=DEVICE, dtype=dtype)
-    if weight_format == "fp8_e4m3":
-        return (100 * w).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return (40 * w).round().clamp(-127, 127).to(torch.int8) if weight_format == "int8" else spread * w
-
-
-def dequantized(weights: dict[str, Tensor], name: str, attributes: MoEAttributes) -> Tensor:
-    """float32 [E, rows, columns]; columns are a multiple of the group's size."""
-    w = weights[name]
-    if attributes.weight_format == "dense":
-        return w.float()
-    if attributes.weight_format == "int4":
-        w = torch.stack(((w & 15).to(torch.int8) - 8, (w >> 4).to(torch.int8) - 8), dim=-1).flatten(-2)
-    scale = weights[f"{name}_scale"]  # [E, rows, groups]
-    return w.float().unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None]).flatten(-2)
-
-
-def inputs_of(shape: Shape, T: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x and router_logits."""
-    torch.manual_seed(T)
-    x = torch.randn(T, shape.sizes.D, device=DEVICE, dtype=dtype)
-    return x, 2 * torch.randn(T, shape.sizes.E, device=DEVICE)
 
 
 def lost() -> bool:
@@ -387,8 +306,8 @@ def bench_stack(limits: dict[str, float]) -> dict[str, Any]:
     if torch.cuda.mem_get_info()[0] < STACK_BYTES:
         return {"not run": f"it takes {STACK_BYTES / 1e9:.0f} GB of free memory"}
     layers = [random_weights(shape, attributes) for _ in range(STACK_LAYERS)]
-    x = torch.randn(1, D, device=DEVICE, dtype=torch.bfloat16)
-    logits = [torch.randn(1, E, device=DEVICE) for _ in layers]
+    x = torch.randn(1, D, device=bench_layers.DEVICE, dtype=torch.bfloat16)
+    logits = [torch.randn(1, E, device=bench_layers.DEVICE) for _ in layers]
 
     def run() -> None:
         hidden = x

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from functools import partial
 
 from gatework.plugins.moe import torch_op
+from gatework.plugins.moe.bench_layers import FORMATS, SHAPES, formats_of, inputs_of, random_weights, with_format
 from gatework.plugins.moe.kernels import launches
 from gatework.plugins.moe.kernels.launches import FEW, SOME, Tile
-from gatework.plugins.moe.measure import FORMATS, SHAPES, attempt, formats_of, inputs_of, random_weights, seconds_of
-from gatework.plugins.moe.measure import with_format as formatted
+from gatework.plugins.moe.measure import attempt, seconds_of
 
 FEW_TILES = [
     Tile(16, 32, 128, 4, 4),
@@ -51,7 +51,7 @@ def table(shape_name: str, formats: Iterable[str], tokens: Iterable[int]) -> Ite
     yield "| shape | format | T | BM | BN | BK | warps | stages | us |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for name in formats_of(shape_name, formats):
-        attributes = formatted(shape.attributes, name)
+        attributes = with_format(shape.attributes, name)
         weights = random_weights(shape, attributes, FORMATS[name].dtype)
         for T in tokens:
             x, logits = inputs_of(shape, T, FORMATS[name].dtype)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gatework.plugins.moe import bench, measure, peers, reference, torch_op
+from gatework.plugins.moe import bench, bench_layers, measure, peers, reference, torch_op, tune
+from gatework.plugins.moe.kernels.launches import Tile, launches
 from gatework.plugins.moe.spec import MoEAttributes, MoESizes
 from gatework.plugins.moe.workspace import HIDDEN_CODES
 from tests.plugins.moe_cases import assert_close, random_inputs
@@ -25,7 +26,7 @@ BFLOAT16 = 3 * 2**-8
 
 @pytest.mark.parametrize("peer", [peers.grouped, peers.loop])
 @pytest.mark.parametrize(
-    "attributes", [measure.SHAPES[name].attributes for name in ("mixtral", "grok-1")], ids=["a", "b"]
+    "attributes", [bench_layers.SHAPES[name].attributes for name in ("mixtral", "grok-1")], ids=["a", "b"]
 )
 def test_peers_compute_the_operator(peer: Any, attributes: MoEAttributes) -> None:
     inputs = random_inputs(attributes, 9, D=32, E=5, I=48)
@@ -35,9 +36,9 @@ def test_peers_compute_the_operator(peer: Any, attributes: MoEAttributes) -> Non
     assert_close(peer(attributes=attributes, **narrow).float().numpy(), want, BFLOAT16)
 
 
-@pytest.mark.parametrize("name", measure.FORMATS)
+@pytest.mark.parametrize("name", bench_layers.FORMATS)
 def test_dequantised_weights_are_the_definitions(name: str) -> None:
-    attributes = measure.with_format(MoEAttributes(top_k=2), name)
+    attributes = bench_layers.with_format(MoEAttributes(top_k=2), name)
     inputs = random_inputs(attributes, 1, D=256, E=3, I=16)
     weights = {k: v for k, v in inputs.items() if k.startswith("w_")}
     given = {
@@ -46,7 +47,7 @@ def test_dequantised_weights_are_the_definitions(name: str) -> None:
         else torch.from_numpy(v)
         for k, v in weights.items()
     }
-    got = measure.dequantized(given, "w_in", attributes).numpy()
+    got = bench_layers.dequantized(given, "w_in", attributes).numpy()
     want = reference.dequantize(weights["w_in"], weights.get("w_in_scale"), attributes, columns=256, dtype=np.float32)
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
@@ -61,12 +62,13 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def moe(x: Tensor, logits: Tensor, attributes: MoEAttributes, **weights: Tensor) -> Tensor:
         dense = MoEAttributes.from_dict(attributes.to_dict() | {"weight_format": "dense", "group_size": 0})
-        wide = {name: measure.dequantized(weights, name, attributes) for name in ("w_in", "w_out")}
+        wide = {name: bench_layers.dequantized(weights, name, attributes) for name in ("w_in", "w_out")}
         return operator(x.float(), logits, attributes=dense, **wide).to(x.dtype)
 
     operator = torch_op.moe
-    small = {name: each._replace(sizes=MoESizes(1, 128, 5, 256)) for name, each in measure.SHAPES.items()}
-    patches = {"DEVICE": "cpu", "seconds_of": once, "captured": lambda run: run, "SHAPES": small}
+    small = {name: each._replace(sizes=MoESizes(1, 128, 5, 256)) for name, each in bench_layers.SHAPES.items()}
+    monkeypatch.setattr(bench_layers, "DEVICE", "cpu")
+    patches = {"seconds_of": once, "captured": lambda run: run, "SHAPES": small}
     for name, value in (
         patches
         | {"kernel_seconds": once, "COPIED": 1 << 20, "WIDTH": 512, "STACK_LAYERS": 2, "ONE_CODE": ("mixtral", 64)}
@@ -82,10 +84,13 @@ def test_every_measurement_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bench, "collect", in_this_process)
     tokens = (1, 5, 64)
     shapes = ["mixtral", "openmoe-8b"]
-    report = bench.benchmark(tmp_path / "moe.json", {"device": "CPU"}, shapes, list(measure.FORMATS), tokens, 1e9)
+    report = bench.benchmark(tmp_path / "moe.json", {"device": "CPU"}, shapes, list(bench_layers.FORMATS), tokens, 1e9)
     assert not bench.failed(report), report
     wanted = {
-        (shape, name, T) for shape in shapes for name in measure.formats_of(shape, measure.FORMATS) for T in tokens
+        (shape, name, T)
+        for shape in shapes
+        for name in bench_layers.formats_of(shape, bench_layers.FORMATS)
+        for T in tokens
     }
     assert len(wanted) == 3 * (5 + 4)
     assert {(case["shape"], case["format"], case["tokens"]) for case in report["cases"]} == wanted
@@ -127,6 +132,29 @@ def test_a_failing_case_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(measure, "lost", lambda: True)
     found = [case for _, case in measure.bench_shape("mixtral", ["bf16"], (4, 5, 6), {"error": ""}, 1e12)]
     assert [case["tokens"] for case in found] == [4, 5]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_tiles_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as the tile of both products, and then the table's own again."""
+    used: list[Tile] = []
+
+    def timed(call: Any) -> float:
+        *_, gemm_in, gemm_out, _ = launches(90, MoESizes(5, 128, 5, 256), MoEAttributes(top_k=2), "bfloat16")
+        for variant in (gemm_in.variant, gemm_out.variant):
+            sizes = (int(str(dict(variant.constants)[name])) for name in ("BM", "BN", "BK"))
+            used.append(Tile(*sizes, variant.num_warps, variant.num_stages))
+        return 1e-3
+
+    monkeypatch.setattr(tune, "seconds_of", timed)
+    monkeypatch.setattr(tune, "SHAPES", measure.SHAPES)
+    lines = list(tune.table("mixtral", ["int8"], [5]))
+    chosen = Tile(16, 32, 128, 4, 4)
+    assert used == [each for tile in (chosen, *tune.FEW_TILES) for each in (tile, tile)]
+    assert lines[2] == "| mixtral | int8 | 5 | chosen | - | - | - | - | 1000.0 |"
+    assert lines[3] == "| mixtral | int8 | 5 | 16 | 32 | 128 | 4 | 4 | 1000.0 |"
+    assert len(lines) == 3 + len(tune.FEW_TILES)
+    assert {line.count("|") for line in lines} == {10}
 
 
 def dies() -> Iterator[tuple[str, dict[str, Any]]]:
