@@ -30,8 +30,9 @@ from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import gpu_capability
 from gatework.plugins.moe.launcher import Launcher
 from gatework.plugins.moe.tensorrt import register
-from gatework.plugins.tensorrt_module import load_toolchain, process_logger
+from gatework.plugins.tensorrt_module import load_toolchain
 from gatework.runtime.backends import tensorrt as backend
+from gatework.runtime.backends.device import Device
 
 PLANS = {"SM80": "SM80", "CURRENT": None}
 LOADED = "context"
@@ -82,16 +83,15 @@ def load(sm: str | None, source: Path) -> None:
         trt = prepare()
         checkpoint = Checkpoint.open(source)
         options = BuildOptions(target="a100", precision="bf16", max_seq=256, plan_only=True)
-        options, logger = options.fitted_to(checkpoint.config), process_logger(trt)
+        options = options.fitted_to(checkpoint.config)
         with tempfile.TemporaryDirectory() as folder:
             compiler = Compiler("tensorrt_rtx", sm, trt.__version__)
             compile_tensorrt(checkpoint, Path(folder), options, compiler, load_scales(checkpoint, options))
             say(reached="compiled")
-            with register(trt).raising_errors(), logger.writing_to(Path(folder) / "runtime.log"):
-                engine = trt.Runtime(logger).deserialize_cuda_engine((Path(folder) / PLAN).read_bytes())
-                say(reached="compiled" if engine is None else "loaded")
-                context = None if engine is None else engine.create_execution_context()
-                say(**({"error": next(iter(logger.errors), "no reason")} if context is None else {"reached": LOADED}))
+            engine = backend.load_plan(trt, register(trt), Path(folder) / PLAN)
+            say(reached="loaded")
+            backend.new_context(trt, engine, backend.PREFILL, Device().stream_address)
+            say(reached=LOADED)
     except (GateworkError, RuntimeError) as error:
         say(error=" ".join(str(error).split()))
 
