@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe.bench_layers import SHAPES, with_format
 from gatework.plugins.moe.kernels.compile import Compiled, compile_variant, load, save, triton_compile
 from gatework.plugins.moe.kernels.launches import MOST_SHARED, Variant, launches, variants
 from gatework.plugins.moe.spec import MoEAttributes, MoESizes
@@ -90,6 +91,17 @@ def test_other_gates_do_not_spill(sm: int, weight_format: Any, glu: Any) -> None
     for T in (FEW, SOME, MANY):
         variant = products(sm, attributes, T, "float16")[0]
         kernel, *_ = compiled(variant, sm)
+        assert kernel.spills == 0, (T, kernel.registers, kernel.spills)
+
+
+@pytest.mark.parametrize("shape", ["dbrx", "openmoe-8b"])
+def test_gates_on_groups_do_not_spill(shape: str) -> None:
+    """Addresses take registers too, and their number depends on the sizes."""
+    sizes, attributes = SHAPES[shape].sizes, with_format(SHAPES[shape].attributes, "int4")
+    for T in (SOME, MANY):
+        listed = launches(90, sizes._replace(T=T), attributes, "bfloat16")
+        (variant,) = (launch.variant for launch in listed if launch.variant.kernel == "gemm_in")
+        kernel, *_ = compiled(variant, 90)
         assert kernel.spills == 0, (T, kernel.registers, kernel.spills)
 
 

@@ -311,13 +311,15 @@ def _tile(setting: Setting, matrices: int) -> Tile:
         stages = {"dense": 4, "int4": 8}.get(attributes.weight_format, 6) if matrices == 1 else 4
         return Tile(16, 32, _step(attributes, 128), 4, stages)
     BK = 128 if setting.in_codes else _step(attributes, 64)
+    # Gates on groups hold their sums, those of the step and converted weights: in wider tiles more than fits into registers.
+    crowded = matrices > 1 and attributes.group_size > 0
     many = _many(setting.sizes, attributes)
     if many > setting.sizes.T:
-        return Tile(64, 64 if matrices < 3 else 32, BK, 4, 3)
+        return Tile(64, 32 if crowded or matrices > 2 else 64, BK, 4, 3)
     # Groups' partial sums, and fp8's, take as many registers again as the sums.
     most = 1 if setting.in_codes and attributes.weight_format == "fp8_e4m3" else 0 if attributes.group_size else 2
     wide = setting.sm == 90 and matrices <= most
-    return Tile(128, 128 if wide else 64, BK, 8, 3)
+    return Tile(128, 128 if wide else 32 if crowded else 64, BK, 8, 3)
 
 
 def _step(attributes: MoEAttributes, most: int) -> int:
