@@ -31,7 +31,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo engine engines bench bench-peers parity test lint format typecheck ci wheel clean
+.PHONY: help setup demo engine engines bench bench-peers gpu-setup parity test lint format typecheck ci wheel clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -88,6 +88,34 @@ $(PEERS)/.ready: benchmarks/peers/requirements.txt
 
 parity: $(READY) ## Verify every family, precision and target that this machine can run; pages in build/parity
 	$(BIN)/python -m benchmarks.parity --pages build/parity $(ARGS)
+
+# What benchmarks/on_gpu.sh uses. An environment holds ONNX Runtime for CPUs or the one for GPUs, hence the second. PyTorch has
+# to be one with CUDA: TORCH_INDEX names an index of such wheels where the default has others.
+GPU         := build/on-gpu
+CUDA        := $(GPU)/.venv-cuda
+ONNX_GPU    ?= onnxruntime-gpu>=1.31,<1.34
+SM          ?=
+gpu-setup: $(GPU)/.ready $(CUDA)/.ready $(GPU)/tokens.json ## Make ready for benchmarks/on_gpu.sh; without a GPU, for the one named: make gpu-setup SM=90
+	$(BIN)/python -m benchmarks.compile_kernels $(addprefix --sm ,$(SM))
+
+$(GPU)/.ready: $(READY)
+	$(BIN)/pip install --editable '.[dev,tensorrt]'
+	@mkdir -p $(@D) && touch $@
+
+$(CUDA)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(CUDA)
+	$(CUDA)/bin/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(CUDA)/bin/pip install --editable '.[dev,cuda]'
+	$(CUDA)/bin/pip uninstall --yes onnxruntime onnxruntime-gpu
+	$(CUDA)/bin/pip install --no-deps '$(ONNX_GPU)'
+	@touch $@
+
+$(GPU)/tokens.json: $(READY)
+	@mkdir -p $(@D)
+	$(BIN)/python benchmarks/random_mixtral.py $(GPU)/random
+	for target in cpu cuda; do $(BIN)/gatework build $(GPU)/random --target $$target --precision fp32 --max-seq 1024 \
+	    --out $(GPU)/random-$$target --force || exit; done
+	$(BIN)/python benchmarks/same_tokens.py $(GPU)/random-cpu --write $@
 
 test: $(READY) ## Run the tests: make test, or make test TESTS=tests/runtime ARGS='-k sampler'
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS) $(TESTS)

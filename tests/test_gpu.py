@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 
 from gatework import LLM, SamplingParams
 from gatework.export.build import build_engine
@@ -16,8 +17,9 @@ from gatework.export.targets import TARGETS, Target
 from gatework.plugins.machine import gpu_capability
 from gatework.runtime.backends.device import Device
 from gatework.runtime.backends.kv import DeviceCache, KVLayout, cache_names
+from gatework.runtime.cli import main
 from gatework.runtime.verify import Bounds, verify
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import make_checkpoint, reference_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,18 +36,19 @@ BF16 = Bounds(relative=0.1, mean_kl=0.01)
 
 
 @needs_ort
-def test_an_eight_layer_mixtral_gives_the_cpu_engines_tokens(tmp_path: Path) -> None:
+@torch.inference_mode()
+def test_an_eight_layer_mixtral_gives_pytorchs_tokens(tmp_path: Path) -> None:
     """Rows of several lengths, more of them than slots, that end at different steps: slots are moved."""
     path = make_checkpoint(tmp_path, "mixtral", num_layers=8, max_position_embeddings=128)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 128, length).tolist() for length in (3, 17, 40, 1, 9, 25)]
     params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (48, 5, 30, 48, 12, 20)]
-    got = {}
-    for target in ("cpu", "cuda"):
-        out = tmp_path / f"engine-{target}"
-        engine = build_engine(path, out, target=target, precision="fp32", max_batch=4, prefill_chunk=16)
-        got[target] = [completion.token_ids for completion in LLM(engine).generate(prompts, params)]
-    assert got["cuda"] == got["cpu"]
+    engine = build_engine(path, tmp_path / "engine", target="cuda", precision="fp32", max_batch=4, prefill_chunk=16)
+    oracle = reference_model(path)
+    for prompt, completion in zip(prompts, LLM(engine).generate(prompts, params), strict=True):
+        # Greedy: each token is the best one after those before it.
+        logits = oracle(torch.tensor([prompt + completion.token_ids])).logits[0]
+        assert completion.token_ids == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
 @needs_ort
@@ -85,9 +88,26 @@ def test_a_plan_equals_the_model(tmp_path: Path, model: str) -> None:
 
 
 @pytest.mark.tensorrt
-def test_captured_steps_give_what_the_first_run_gave(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])
+def test_a_quantised_plan_of_the_bundled_model_passes_its_bounds(tmp_path: Path, precision: str) -> None:
+    target = target_here()
+    if precision not in target.precisions:
+        pytest.skip(f"{target.name} has no {precision}: no such plan is run")
+    settings: dict[str, Any] = {"target": target.name, "precision": precision, "max_seq": 512}
+    if precision != "int4":
+        settings["calibration"] = tmp_path / "calibration.json"
+        text = str(TINY / "calibration.txt")
+        assert main(["calibrate", str(TINY), "--text", text, "--out", str(settings["calibration"])]) == 0
+    engine = build_engine(TINY, tmp_path / "engine", **settings)
+    report = verify(engine, TINY, text=(TINY / "heldout.txt").read_text()[:20_000])
+    assert report.passed, str(report)
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("model", ["llama2", "mixtral"])
+def test_captured_steps_give_what_the_first_run_gave(tmp_path: Path, model: str) -> None:
     """A batch size's first step runs uncaptured, later ones replay its graph: the same prompts twice, the same tokens."""
-    path = make_checkpoint(tmp_path, "llama2")
+    path = make_checkpoint(tmp_path, model)
     engine = build_engine(path, tmp_path / "engine", target=target_here().name, precision="bf16", max_batch=4)
     llm = LLM(engine)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11]]

@@ -65,6 +65,9 @@ def build_plan(trt: Any, request: PlanRequest) -> Listing:
         if request.sm is not None:
             config.num_compute_capabilities = 1
             config.set_compute_capability(getattr(trt.ComputeCapability, request.sm), 0)
+        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+            # Without it TensorRT-RTX may allocate while it runs, which no stream capture allows.
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if request.strip_weights:
             config.set_flag(trt.BuilderFlag.REFIT)
             config.set_flag(trt.BuilderFlag.STRIP_PLAN)

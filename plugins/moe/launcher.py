@@ -113,7 +113,7 @@ class Launcher:
 
     def __init__(self, *, compiling: bool = False) -> None:
         self.driver = _driver()
-        self.sm = _current_sm(self.driver)
+        self.sm = served_by(_current_sm(self.driver))
         self.compiling = compiling
         self._functions: dict[str, tuple[Any, Compiled]] = {}
         self._lock = Lock()
@@ -167,6 +167,11 @@ class Launcher:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(driver, "cuFuncSetAttribute", *driver.cuFuncSetAttribute(function, attribute, kernel.shared))
         self._functions[kernel.name] = function, kernel
+
+
+def served_by(sm: int) -> int:
+    """The compute capability whose kernels a device runs: those of sm_80 on all from 8.0 to 8.8, others on their own only."""
+    return 80 if 80 <= sm < 89 else sm
 
 
 def _current_sm(driver: Any) -> int:

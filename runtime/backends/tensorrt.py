@@ -100,7 +100,10 @@ def input_shapes(layout: KVLayout, batch: int, tokens: int) -> dict[str, tuple[i
 
 
 class _DecodeStep(NamedTuple):
-    """One batch size: its context, bound to the first slots, which has to outlive the graph that was captured of it."""
+    """One batch size: its context, bound to the first slots, and the graph that was captured of it, which it has to outlive.
+
+    graph: None where TensorRT says that this context cannot be captured.
+    """
 
     context: Any
     graph: Any
@@ -155,13 +158,18 @@ class TensorRTBackend:
         batch = len(tokens)
         nbytes = fill(self._host_inputs, np.array(tokens, np.int64)[:, None], np.array(positions, np.int64))
         if (step := self._decode_steps.get(batch)) is not None:
-            self._device.launch(step.graph)
+            if step.graph is None:
+                self._enqueue(step.context, nbytes, batch)
+            else:
+                self._device.launch(step.graph)
             return self._read(batch)
         context = self._new_context(DECODE)
         self._bind(context, batch, 1, 0)
         self._enqueue(context, nbytes, batch)  # TensorRT wants a run before a capture
         logits = self._read(batch)
-        graph = self._device.capture(lambda: self._enqueue(context, nbytes, batch))
+        graph = None
+        if is_capturable(self._trt, context, self._device.stream_address):
+            graph = self._device.capture(lambda: self._enqueue(context, nbytes, batch))
         self._decode_steps[batch] = _DecodeStep(context, graph)
         return logits
 
@@ -244,11 +252,27 @@ def scratch_bytes(plan: Any) -> int:
 
 def new_context(trt: Any, plan: Any, profile: int, stream: int) -> Any:
     """An execution context of a profile, without scratch memory."""
-    context = plan.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    by_user = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+        settings = plan.create_runtime_config()
+        settings.set_execution_context_allocation_strategy(by_user)
+        # TensorRT-RTX compiles kernels for new shapes at run time; by default in the background, where a capture misses them.
+        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        settings.dynamic_shapes_kernel_specialization_strategy = eager
+        context = plan.create_execution_context(settings)
+    else:
+        context = plan.create_execution_context(by_user)
     if context is None or not context.set_optimization_profile_async(profile, stream):
         got = _reason(process_logger(trt))
         raise GateworkError(f"{trt.__name__} makes no execution context for profile {profile}", got=got)
     return context
+
+
+def is_capturable(trt: Any, context: Any, stream: int) -> bool:
+    """Whether a CUDA graph can capture the context; TensorRT-RTX alone has ones that it cannot."""
+    if not hasattr(trt.IExecutionContext, "is_stream_capturable"):
+        return True
+    return context.is_stream_capturable(stream)
 
 
 def share_scratch(context: Any, address: int, nbytes: int) -> None:

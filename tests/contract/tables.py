@@ -33,8 +33,17 @@ OURS = {
 
 # What a version lacks, and why the code never uses it there.
 _AHEAD_OF_TIME = "only tensorrt_rtx compiles for a GPU that is not there"
+_AT_RUN_TIME = "only tensorrt_rtx compiles and allocates at run time; asked for with hasattr"
 _LACKED_BY_TENSORRT = dict.fromkeys(
     ("ComputeCapability", "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability"),
     _AHEAD_OF_TIME,
+) | dict.fromkeys(
+    (
+        "BuilderFlag.REQUIRE_USER_ALLOCATION",
+        "DynamicShapesKernelSpecializationStrategy",
+        "IExecutionContext.is_stream_capturable",
+        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+    ),
+    _AT_RUN_TIME,
 )
 LACKING = {"10.16.1.11": _LACKED_BY_TENSORRT, "11.4.0.106": _LACKED_BY_TENSORRT, "tensorrt_rtx": {}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe.bench_layers import SHAPES, with_format
 from gatework.plugins.moe.kernels.compile import Compiled, compile_variant, load, save, triton_compile
 from gatework.plugins.moe.kernels.launches import MOST_SHARED, Variant, launches, variants
 from gatework.plugins.moe.spec import MoEAttributes, MoESizes
@@ -32,10 +34,32 @@ WARP = {
 }
 
 
+POINTED = {"dense": "bf16", "int8": "i8", "int4": "i8", "fp8_e4m3": "f8E4M3FN"}
+
+
 @cache
-def compiled(variant: Variant, sm: int) -> tuple[Compiled, str]:
-    """With its PTX."""
-    return compile_variant(variant, sm), triton_compile(variant, sm).asm["ptx"]
+def compiled(variant: Variant, sm: int) -> tuple[Compiled, str, str]:
+    """With its PTX, and its TTGIR."""
+    asm = triton_compile(variant, sm).asm
+    return compile_variant(variant, sm), asm["ptx"], asm["ttgir"]
+
+
+def asynchronous_copies(ttgir: str) -> Counter[str]:
+    """How many of each kind of tile, such as 32x128 of bf16."""
+    found = re.findall(r"ttg\.async_copy_global_to_local.*?: tensor<(\d+x\d+)x!tt\.ptr<(\w+)>", ttgir)
+    return Counter(" of ".join(each) for each in found)
+
+
+def expected_copies(variant: Variant, attributes: MoEAttributes) -> Counter[str]:
+    """Every operand's tile once for each stage: in front of the loop for all but the last, and in it."""
+    constants, kinds = dict(variant.constants), dict(variant.arguments)
+    a, BM, BN, BK = kinds.get("x", kinds.get("hidden")), *(int(str(constants[name])) for name in ("BM", "BN", "BK"))
+    matrices = attributes.matrices if variant.kernel == "gemm_in" else 1
+    wide = POINTED["dense"] if a == "*bf16" else POINTED[attributes.weight_format]
+    copies = Counter({f"{BM}x{BK} of {wide}": int(str(constants.get("PARTS", 1)))})
+    width = BK // 2 if attributes.weight_format == "int4" else BK
+    copies[f"{BN}x{width} of {POINTED[attributes.weight_format]}"] += matrices
+    return Counter({tile: count * variant.num_stages for tile, count in copies.items()})
 
 
 def products(sm: int, attributes: MoEAttributes, T: int, dtype: Any = "bfloat16") -> list[Variant]:
@@ -48,7 +72,7 @@ def test_instructions(sm: int, weight_format: Any, group_size: int) -> None:
     attributes = MoEAttributes(top_k=2, weight_format=weight_format, group_size=group_size)
     for T in (FEW, SOME, MANY):
         for variant in products(sm, attributes, T):
-            kernel, ptx = compiled(variant, sm)
+            kernel, ptx, ttgir = compiled(variant, sm)
             constants = dict(variant.constants)
             expected = WARP["dense"] if T == FEW else WARP.get(weight_format)
             if sm == 90 and T > FEW:
@@ -56,6 +80,7 @@ def test_instructions(sm: int, weight_format: Any, group_size: int) -> None:
             found = set(re.findall(r"\b(?:wgmma\.mma_async|mma)\.sync\.[\w.]+", ptx))
             assert found == {expected}, (T, variant.kernel, found)
             assert "cp.async.cg.shared.global" in ptx, "weights must arrive in the background"
+            assert asynchronous_copies(ttgir) == expected_copies(variant, attributes), (T, variant.kernel)
             assert kernel.spills == 0, (T, variant.kernel, kernel.registers, kernel.spills)
 
 
@@ -65,7 +90,18 @@ def test_other_gates_do_not_spill(sm: int, weight_format: Any, glu: Any) -> None
     attributes = MoEAttributes(top_k=2, glu=glu, activation="gelu_tanh", weight_format=weight_format)
     for T in (FEW, SOME, MANY):
         variant = products(sm, attributes, T, "float16")[0]
-        kernel, _ = compiled(variant, sm)
+        kernel, *_ = compiled(variant, sm)
+        assert kernel.spills == 0, (T, kernel.registers, kernel.spills)
+
+
+@pytest.mark.parametrize("shape", ["dbrx", "openmoe-8b"])
+def test_gates_on_groups_do_not_spill(shape: str) -> None:
+    """Addresses take registers too, and their number depends on the sizes."""
+    sizes, attributes = SHAPES[shape].sizes, with_format(SHAPES[shape].attributes, "int4")
+    for T in (SOME, MANY):
+        listed = launches(90, sizes._replace(T=T), attributes, "bfloat16")
+        (variant,) = (launch.variant for launch in listed if launch.variant.kernel == "gemm_in")
+        kernel, *_ = compiled(variant, 90)
         assert kernel.spills == 0, (T, kernel.registers, kernel.spills)
 
 
@@ -75,7 +111,7 @@ def test_other_gates_do_not_spill(sm: int, weight_format: Any, glu: Any) -> None
 def test_every_kernel_fits_and_is_deterministic(sm: int, weight_format: Any, group_size: int) -> None:
     attributes = MoEAttributes(top_k=2, weight_format=weight_format, group_size=group_size, capacity_factor=1.0)
     for variant in variants(sm, MIXTRAL, attributes, "bfloat16"):
-        kernel, ptx = compiled(variant, sm)
+        kernel, ptx, _ = compiled(variant, sm)
         assert kernel.spills == 0
         assert 0 < kernel.registers * kernel.block[0] <= 65536
         assert kernel.shared <= MOST_SHARED[sm]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from functools import partial
 from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,19 +18,19 @@ from gatework.plugins.machine import gpu_capability
 from gatework.plugins.moe import torch_op
 from gatework.plugins.moe.kernels.compile import save
 from gatework.plugins.moe.kernels.launches import SMS, variants
-from gatework.plugins.moe.launcher import Call, Launcher
+from gatework.plugins.moe.launcher import Call, Launcher, served_by
 from gatework.plugins.moe.spec import MoEAttributes, MoESizes
 from gatework.plugins.moe.tensorrt import input_names, register
 from gatework.plugins.tensorrt_module import load_toolchain
-from tests.plugins.moe_cases import Array, label, random_inputs
-from tests.plugins.moe_checks import ARITHMETIC, FORMATS, LOADS, Dtype, Run, check
+from tests.plugins.moe_cases import Array, random_inputs
+from tests.plugins.moe_checks import CHECKED, ON_DEVICE, REPLAYED, THROUGH_PYTORCH, Case, Dtype, Run, check
 from tests.plugins.moe_memory import SCRATCH, CallMemory
 
 pytestmark = pytest.mark.gpu
 if gpu_capability() is None or not torch.cuda.is_available():
     pytest.skip("no GPU: no kernel runs, only the interpreter's", allow_module_level=True)
 
-SM = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+SM = served_by(10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1])
 if SM not in SMS:
     pytest.skip(f"no kernels for sm_{SM}: none runs", allow_module_level=True)
 
@@ -76,42 +75,21 @@ def on_device(
     return device.results()
 
 
-def skip_fp8(weight_format: str) -> None:
-    if weight_format == "fp8_e4m3" and SM < 89:
+def skip_fp8(case: Case) -> None:
+    if case.attributes.weight_format == "fp8_e4m3" and SM < 89:
         pytest.skip(f"sm_{SM} has no fp8 arithmetic")
 
 
-@pytest.mark.parametrize("attributes", ARITHMETIC, ids=label)
-def test_arithmetic(run: Run, attributes: MoEAttributes) -> None:
-    check(run, attributes, random_inputs(attributes, 33, D=50, I=37, bias=True), "float16")
+@pytest.mark.parametrize("case", CHECKED, ids=str)
+def test_stages(run: Run, case: Case) -> None:
+    skip_fp8(case)
+    check(run, case.attributes, case.inputs(), case.dtype, SM, ON_DEVICE)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("T", [1, 16, 33, 65])
-@pytest.mark.parametrize(("weight_format", "group_size"), FORMATS)
-def test_formats(run: Run, dtype: Dtype, weight_format: Any, group_size: int, T: int) -> None:
-    skip_fp8(weight_format)
-    attributes = MoEAttributes(top_k=3, weight_format=weight_format, group_size=group_size)
-    check(run, attributes, random_inputs(attributes, T, E=3, D=75, I=70), dtype)
-
-
-@pytest.mark.parametrize("weight_format", ["dense", "fp8_e4m3", "int8", "int4"])
-@pytest.mark.parametrize(("T", "E", "K", "D", "I", "skewed"), [*LOADS, (700, 8, 2, 512, 768, False)])
-def test_loads(run: Run, weight_format: Any, T: int, E: int, K: int, D: int, I: int, skewed: bool) -> None:
-    skip_fp8(weight_format)
-    attributes = MoEAttributes(top_k=K, weight_format=weight_format)
-    inputs = random_inputs(attributes, T, E=E, D=D, I=I, bias=True)
-    if skewed:
-        inputs["router_logits"][:, 1] += 40
-    check(run, attributes, inputs, "bfloat16")
-
-
-@pytest.mark.parametrize("T", [1, 8, 40, 200])
-@pytest.mark.parametrize("weight_format", ["dense", "fp8_e4m3", "int8", "int4"])
-def test_a_replayed_graph_gives_the_same_bits(launcher: Launcher, weight_format: Any, T: int) -> None:
-    skip_fp8(weight_format)
-    attributes = MoEAttributes(top_k=2, weight_format=weight_format)
-    device = OnDevice(CallMemory(attributes, random_inputs(attributes, T, D=256, I=384), "bfloat16"), "bfloat16")
+@pytest.mark.parametrize("case", REPLAYED, ids=str)
+def test_a_replayed_graph_gives_the_same_bits(launcher: Launcher, case: Case) -> None:
+    skip_fp8(case)
+    device = OnDevice(CallMemory(case.attributes, case.inputs(), case.dtype), case.dtype)
     launcher(device.call)
     first = {name: value.tobytes() for name, value in device.results().items()}
     graph = torch.cuda.CUDAGraph()
@@ -130,7 +108,7 @@ def test_kernels_from_an_engines_folder(tmp_path: Any) -> None:
     stored = Launcher()
     stored.add(tmp_path)
     inputs = random_inputs(attributes, sizes.T, D=sizes.D, E=sizes.E, I=sizes.I)
-    check(partial(on_device, stored), attributes, inputs, "float16")
+    check(partial(on_device, stored), attributes, inputs, "float16", SM, ON_DEVICE)
     with pytest.raises(GateworkError, match=r"no kernel .* was compiled for this call"):
         on_device(stored, SM, attributes, random_inputs(attributes, 3, D=32), "float16")
 
@@ -147,9 +125,12 @@ def test_the_plugin_enqueues_on_the_stream(launcher: Launcher, monkeypatch: pyte
     fields = [trt.PluginField("top_k", np.array([2], np.int32), trt.PluginFieldType.INT32)]
     plugin = creator.create_plugin("moe", trt.PluginFieldCollection(fields), trt.TensorRTPhase.RUNTIME)
     names = input_names(attributes, has_bias=False)
-    types = [trt.DataType.FLOAT if name == "router_logits" else trt.DataType.BF16 for name in names]
-    shapes = [device.memory.inputs[name].shape for name in names]
-    described = [SimpleNamespace(dims=shape, type=kind) for shape, kind in zip(shapes, types, strict=True)]
+    described = []
+    for name in names:
+        full = trt.DynamicPluginTensorDesc()
+        full.desc.type = trt.DataType.FLOAT if name == "router_logits" else trt.DataType.BF16
+        full.desc.format, full.desc.dims = trt.TensorFormat.LINEAR, device.memory.inputs[name].shape
+        described.append(full.desc)
     call, stream = device.call, torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with creator.raising_errors():
@@ -162,12 +143,11 @@ def test_the_plugin_enqueues_on_the_stream(launcher: Launcher, monkeypatch: pyte
     assert device.results()["y"].tobytes() == got
 
 
-@pytest.mark.parametrize(("weight_format", "group_size"), FORMATS)
-def test_pytorchs_operator_launches_the_kernels(launcher: Launcher, weight_format: Any, group_size: int) -> None:
-    skip_fp8(weight_format)
-    attributes = MoEAttributes(top_k=2, weight_format=weight_format, group_size=group_size)
-    memory = CallMemory(attributes, random_inputs(attributes, 40, D=64, I=48), "bfloat16")
-    device = OnDevice(memory, "bfloat16")
+@pytest.mark.parametrize("case", THROUGH_PYTORCH, ids=str)
+def test_pytorchs_operator_launches_the_kernels(launcher: Launcher, case: Case) -> None:
+    skip_fp8(case)
+    memory = CallMemory(case.attributes, case.inputs(), case.dtype)
+    device = OnDevice(memory, case.dtype)
     launcher(device.call)
     want = device.results()["y"].tobytes()
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8_e4m3fn": torch.float8_e4m3fn}
@@ -179,5 +159,5 @@ def test_pytorchs_operator_launches_the_kernels(launcher: Launcher, weight_forma
         .cuda()
         for name, value in memory.inputs.items()
     }
-    y = torch_op.moe(attributes=attributes, **tensors)
+    y = torch_op.moe(attributes=case.attributes, **tensors)
     assert y.view(torch.uint8).cpu().numpy().tobytes() == want

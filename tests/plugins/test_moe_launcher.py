@@ -13,7 +13,7 @@ from gatework.plugins.machine import gpu_capability
 from gatework.plugins.moe.kernels.compile import Compiled, compile_variant
 from gatework.plugins.moe.kernels.launches import Launch, Variant
 from gatework.plugins.moe.kernels.registry import KERNELS
-from gatework.plugins.moe.launcher import Arguments, Call, Kind, Launcher
+from gatework.plugins.moe.launcher import Arguments, Call, Kind, Launcher, served_by
 from gatework.plugins.moe.spec import MoEAttributes, MoESizes
 from gatework.plugins.moe.tensorrt import input_names
 from gatework.plugins.moe.workspace import layout
@@ -112,6 +112,10 @@ def test_what_the_kernels_cannot_take_is_refused() -> None:
         arguments.bind(call_of(kind)._replace(y=(1 << 40) + 8))
     with pytest.raises(GateworkError, match="both biases or none"):
         Arguments(80, kind._replace(inputs=(*kind.inputs, "b_in")))
+
+
+def test_kernels_for_devices_without_ones_of_their_own() -> None:
+    assert {sm: served_by(sm) for sm in (80, 86, 87, 89, 90, 120)} == {80: 80, 86: 80, 87: 80, 89: 89, 90: 90, 120: 120}
 
 
 def test_cuda_bindings_have_what_is_used() -> None:

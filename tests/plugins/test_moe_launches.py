@@ -66,6 +66,17 @@ def test_decode_of_mixtral_by_hand() -> None:
     assert constant(gemm_in, "x_scale") is constant(gemm_in, "w_in_scale") is None
 
 
+@pytest.mark.parametrize(
+    ("group_size", "few", "more"), [(128, "ahead", "step"), (32, "ahead", "step"), (24, *["element"] * 2)]
+)
+def test_scales_of_groups(group_size: int, few: str, more: str) -> None:
+    attributes = MoEAttributes(top_k=2, weight_format="int4", group_size=group_size)
+    for T, scaling in ((16, few), (17, more), (400, more)):
+        listed = launches(90, MoESizes(T, D=256, E=5, I=384), attributes, "bfloat16")
+        products = [launch for launch in listed if launch.variant.kernel.startswith("gemm")]
+        assert [constant(launch, "SCALING") for launch in products] == [scaling] * 2
+
+
 @pytest.mark.parametrize(("sm", "attributes"), SETTINGS)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_buffers_exist_and_are_written_before_they_are_read(sm: int, attributes: MoEAttributes, has_bias: bool) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,9 +22,11 @@ from gatework.export.checkpoint import Checkpoint
 from gatework.export.options import BuildOptions
 from gatework.export.tensorrt.compile import write_graph
 from gatework.export.tensorrt.scales import load_scales
+from gatework.runtime.backends import tensorrt
 from gatework.runtime.backends.experts import Place, chunks, read_places, span
 from gatework.runtime.backends.kv import ALIGNMENT, HostCache, cache_names
 from gatework.runtime.backends.tensorrt import (
+    TensorRTBackend,
     buffers,
     fill,
     input_shapes,
@@ -148,3 +154,62 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(checkpoint: Path) -> Path:
     """An int8 CPU engine: its experts lie as those of any target do."""
     return build_engine(checkpoint, checkpoint.parent / "engine", precision="int8", max_seq=16)
+
+
+class FakeDevice:
+    """Notes what is asked of it; a captured graph is the work itself."""
+
+    stream_address = 7
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.done.append("capture")
+        return work
+
+    def launch(self, graph: Callable[[], None]) -> None:
+        self.done.append("launch")
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+@pytest.mark.parametrize(("capturable", "later"), [(None, "launch"), (True, "launch"), (False, "run")])
+def test_what_cannot_be_captured_runs_uncaptured(
+    monkeypatch: pytest.MonkeyPatch, capturable: bool | None, later: str
+) -> None:
+    """None: a TensorRT that does not say."""
+    backend, device = object.__new__(TensorRTBackend), FakeDevice()
+    offered = {} if capturable is None else {"is_stream_capturable": lambda stream: capturable}
+    settings = {"_device": device, "_decode_steps": {}, "_vocab_size": 3, "max_seq": 9, "_inputs": 0, "_logits": 0}
+    settings |= {"_trt": SimpleNamespace(IExecutionContext=SimpleNamespace(**offered)), "_creator": MoECreatorStub()}
+    settings |= {"_host_inputs": np.zeros(4096, np.uint8), "_host_logits": np.zeros(4096, np.uint8)}
+    for name, value in settings.items():
+        monkeypatch.setattr(backend, name, value, raising=False)
+    monkeypatch.setattr(backend, "_new_context", lambda profile: SimpleNamespace(**offered))
+    monkeypatch.setattr(backend, "_bind", lambda *_: None)
+    monkeypatch.setattr(tensorrt, "execute", lambda *_: device.done.append("run"))
+    for position in range(3):
+        assert backend.decode([1, 2], [position, position]).shape == (2, 3)
+    assert device.done == ["run", *(["capture"] if later == "launch" else []), later, later]
+
+
+class MoECreatorStub:
+    raising_errors = staticmethod(nullcontext)
+
+
+def test_contexts_of_tensorrt_rtx_compile_for_a_shape_before_they_run_it() -> None:
+    made: list[Any] = []
+    context = SimpleNamespace(set_optimization_profile_async=lambda profile, stream: True)
+    runtime_config = SimpleNamespace()
+    runtime_config.set_execution_context_allocation_strategy = lambda strategy: made.append(strategy)
+    plan = SimpleNamespace(
+        create_execution_context=lambda how: made.append(how) or context, create_runtime_config=lambda: runtime_config
+    )
+    module = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="by user"))
+    assert tensorrt.new_context(module, plan, 1, 7) is context
+    module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+    assert tensorrt.new_context(module, plan, 1, 7) is context
+    assert made == ["by user", "by user", runtime_config]
+    assert runtime_config.dynamic_shapes_kernel_specialization_strategy == "eager"

@@ -11,7 +11,7 @@ A program computes BM rows by BN columns of hidden: G tiles of weights against o
 import triton
 import triton.language as tl
 
-from gatework.plugins.moe.kernels.tile import finish, load_columns, multiply, no_total, place
+from gatework.plugins.moe.kernels.tile import finish, load_columns, multiply, no_total, place, step_scale
 
 
 @triton.jit
@@ -75,34 +75,35 @@ def gemm_in(
     total_0 = no_total(BM, BN, CODES)
     total_1 = no_total(BM, BN, CODES)
     total_2 = no_total(BM, BN, CODES)
+    rows_1 = columns + I
+    rows_2 = columns + 2 * I
+    ahead_0 = step_scale(scale, columns, columns_real, 0, D, SCALING, GROUP, BN)
+    ahead_1 = ahead_0
+    ahead_2 = ahead_0
+    if G > 1:
+        ahead_1 = step_scale(scale, rows_1, columns_real, 0, D, SCALING, GROUP, BN)
+    if G > 2:
+        ahead_2 = step_scale(scale, rows_2, columns_real, 0, D, SCALING, GROUP, BN)
     for k in range(0, D, BK):
         ks = k + tl.arange(0, BK)
         a = load_columns(x + tokens[:, None] * D + ks[None, :], rows_real[:, None], ks, D, D % BK == 0)
+        coming_0 = step_scale(scale, columns, columns_real, k + BK, D, SCALING, GROUP, BN)
         total_0 = multiply(
-            total_0, a, None, w, scale, columns, columns_real, k, D, SCALING, GROUP, NIBBLES, CODES, BN, BK
+            total_0, a, None, w, scale, ahead_0, columns, columns_real, k, D, SCALING, GROUP, NIBBLES, CODES, BN, BK
         )
+        ahead_0 = coming_0
         if G > 1:
+            coming_1 = step_scale(scale, rows_1, columns_real, k + BK, D, SCALING, GROUP, BN)
             total_1 = multiply(
-                total_1, a, None, w, scale, columns + I, columns_real, k, D, SCALING, GROUP, NIBBLES, CODES, BN, BK
+                total_1, a, None, w, scale, ahead_1, rows_1, columns_real, k, D, SCALING, GROUP, NIBBLES, CODES, BN, BK
             )
+            ahead_1 = coming_1
         if G > 2:
+            coming_2 = step_scale(scale, rows_2, columns_real, k + BK, D, SCALING, GROUP, BN)
             total_2 = multiply(
-                total_2,
-                a,
-                None,
-                w,
-                scale,
-                columns + 2 * I,
-                columns_real,
-                k,
-                D,
-                SCALING,
-                GROUP,
-                NIBBLES,
-                CODES,
-                BN,
-                BK,
+                total_2, a, None, w, scale, ahead_2, rows_2, columns_real, k, D, SCALING, GROUP, NIBBLES, CODES, BN, BK
             )
+            ahead_2 = coming_2
 
     a_scales = None
     if x_scale is not None:
@@ -111,9 +112,9 @@ def gemm_in(
     if G == 1:
         h = activate(h, ACTIVATION)
     if G == 2:
-        h = activate(h, ACTIVATION) * finish(total_1, a_scales, scale, bias, columns + I, columns_real, SCALING)
+        h = activate(h, ACTIVATION) * finish(total_1, a_scales, scale, bias, rows_1, columns_real, SCALING)
     if G == 3:
-        h = h * activate(finish(total_1, a_scales, scale, bias, columns + I, columns_real, SCALING), ACTIVATION)
-        h = h * finish(total_2, a_scales, scale, bias, columns + 2 * I, columns_real, SCALING)
+        h = h * activate(finish(total_1, a_scales, scale, bias, rows_1, columns_real, SCALING), ACTIVATION)
+        h = h * finish(total_2, a_scales, scale, bias, rows_2, columns_real, SCALING)
     cells = rows.to(tl.int64)[:, None] * I + columns[None, :]
     tl.store(hidden + cells, h.to(hidden.dtype.element_ty), mask=rows_real[:, None] & columns_real[None, :])

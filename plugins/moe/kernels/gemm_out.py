@@ -6,7 +6,7 @@ float32 sums, not rounded. A program computes BM rows by BN columns.
 import triton
 import triton.language as tl
 
-from gatework.plugins.moe.kernels.tile import finish, load_columns, multiply, no_total, place
+from gatework.plugins.moe.kernels.tile import finish, load_columns, multiply, no_total, place, step_scale
 
 
 @triton.jit
@@ -52,6 +52,7 @@ def gemm_out(
         bias += first
 
     total = no_total(BM, BN, CODES)
+    ahead = step_scale(scale, columns, columns_real, 0, I, SCALING, GROUP, BN)
     for k in range(0, I, BK):
         ks = k + tl.arange(0, BK)
         cells = rows.to(tl.int64)[:, None] * (PARTS * I) + ks[None, :]
@@ -59,7 +60,11 @@ def gemm_out(
         rest = None
         if PARTS == 2:
             rest = load_columns(hidden + cells + I, rows_real[:, None], ks, I, I % BK == 0)
-        total = multiply(total, a, rest, w, scale, columns, columns_real, k, I, SCALING, GROUP, NIBBLES, CODES, BN, BK)
+        coming = step_scale(scale, columns, columns_real, k + BK, I, SCALING, GROUP, BN)
+        total = multiply(
+            total, a, rest, w, scale, ahead, columns, columns_real, k, I, SCALING, GROUP, NIBBLES, CODES, BN, BK
+        )
+        ahead = coming
 
     a_scales = None
     if hidden_scale is not None:

@@ -288,7 +288,8 @@ def _gemm_constants(setting: Setting, tile: Tile, columns: int) -> dict[str, Con
     group = attributes.group_size
     scaling = "none" if attributes.weight_format == "dense" else "row" if not group else "element"
     if scaling == "element" and group % tile.BK == 0:
-        scaling = "step"
+        # Larger tiles have no registers left for scales of two steps.
+        scaling = "ahead" if tile.BM == FEW else "step"
     return {
         "SCALING": scaling,
         "GROUP": group or columns,
@@ -305,15 +306,20 @@ def _tile(setting: Setting, matrices: int) -> Tile:
     """Tile of a product with `matrices` weight tiles to each tile of x."""
     attributes = setting.attributes
     if setting.sizes.T <= FEW:
-        return Tile(16, 32, _step(attributes, 128), 4, 4)
+        # The second product has the fewer programs, at one token of Mixtral's two to an SM of an H100, so each has to keep
+        # more of its steps under way, the more so the smaller they are: 24 KiB of dense weights, 20 of 8 bits, 14 of 4.
+        stages = {"dense": 4, "int4": 8}.get(attributes.weight_format, 6) if matrices == 1 else 4
+        return Tile(16, 32, _step(attributes, 128), 4, stages)
     BK = 128 if setting.in_codes else _step(attributes, 64)
+    # Gates on groups hold their sums, those of the step and converted weights: in wider tiles more than fits into registers.
+    crowded = matrices > 1 and attributes.group_size > 0
     many = _many(setting.sizes, attributes)
     if many > setting.sizes.T:
-        return Tile(64, 64 if matrices < 3 else 32, BK, 4, 3)
+        return Tile(64, 32 if crowded or matrices > 2 else 64, BK, 4, 3)
     # Groups' partial sums, and fp8's, take as many registers again as the sums.
     most = 1 if setting.in_codes and attributes.weight_format == "fp8_e4m3" else 0 if attributes.group_size else 2
     wide = setting.sm == 90 and matrices <= most
-    return Tile(128, 128 if wide else 64, BK, 8, 3)
+    return Tile(128, 128 if wide else 32 if crowded else 64, BK, 8, 3)
 
 
 def _step(attributes: MoEAttributes, most: int) -> int:

@@ -8,6 +8,7 @@ expert_offsets, so the grid needs only an upper bound of the number of tiles and
     SCALING none     w as stored
             row      w = q * scale[n]: a tile of q, the scale in the epilogue
             step     w = q * scale[n, k // GROUP] with GROUP a multiple of BK: the scale after each step of BK columns
+            ahead    step, its scale loaded while the step before is computed: no step waits for it, which takes registers
             element  the same for any GROUP: the scale on every weight, which is then rounded to a's type
     CODES   none     a is float16 or bfloat16, q is converted to it
             int8, fp8   a and q are both 8 bits wide, a with a scale per row
@@ -52,12 +53,32 @@ def load_columns(pointers, rows_real, columns, COLUMNS: tl.constexpr, EVEN: tl.c
 
 
 @triton.jit
+def step_scale(
+    w_scale,  # the expert's first row: [rows, groups]
+    rows,
+    rows_real,
+    k,
+    COLUMNS: tl.constexpr,
+    SCALING: tl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """With SCALING ahead the scales [BN] of the step at column k, one for each row."""
+    if SCALING == "ahead":
+        GROUPS: tl.constexpr = (COLUMNS + GROUP - 1) // GROUP
+        return tl.load(w_scale + rows * GROUPS + k // GROUP, mask=rows_real & (k < COLUMNS), other=0.0)
+    else:  # noqa: RET505
+        return tl.zeros((BN,), tl.float32)
+
+
+@triton.jit
 def multiply(
     total,  # [BM, BN] float32, or int32 with int8 codes
     a,  # [BM, BK]
     rest,  # [BM, BK], the second codes of a; or None
     w,  # the expert's first row: [rows, COLUMNS], int4 [rows, ceil(COLUMNS / 2)]
     w_scale,  # the expert's first row: [rows, groups]
+    ahead,  # [BN], of step_scale
     rows,  # [BN]
     rows_real,
     k,
@@ -90,7 +111,9 @@ def multiply(
         q = q.to(a.dtype)
 
     # Triton compiles the one branch whose constant condition holds, early returns do not end a function for it.
-    if SCALING == "step":
+    if SCALING == "ahead":
+        total += tl.dot(a, q.T) * ahead[None, :]
+    elif SCALING == "step":
         scale = tl.load(w_scale + rows * GROUPS + k // GROUP, mask=rows_real, other=0.0)
         total += tl.dot(a, q.T) * scale[None, :]
     elif CODES == "int8":
