@@ -8,7 +8,7 @@ expert, and the activations.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, cast
 
@@ -109,9 +109,8 @@ class LayerwiseReference:
         """Every step up to the last layer's output, in order of computation, and the number of each layer that is through."""
         local = self._start(self._tapped) if self._tapped else None
         if local is not None:
-            exact = local.hidden[0]
             if not self.layers:
-                yield self._compare(engine, None, "embedding", self._embedding_noise(exact), self._own.hidden[0])
+                yield self._compare(engine, None, "embedding", _stored(local.hidden[0]), self._own.hidden[0])
             before = f"layers.{self.layers - 1}.output" if self.layers else "embedding"
             local.hidden = engine.rows(before)[1][None]
         for i in range(self.layers, self.config.num_layers):
@@ -120,49 +119,49 @@ class LayerwiseReference:
             self.layers = i + 1
             yield i
 
-    def _embedding_noise(self, rows: Tensor) -> Callable[[Rounding | None], Tensor]:
-        return lambda rounding: rows if rounding is None else rounding.weight(rows)
-
     def _layer(self, i: int, local: _Run | None, engine: Recorded) -> Iterator[Compared]:
-        config, prefix, own = self.config, f"layers.{i}.", self._own
         with torch.device("meta"):
-            layer = Layer(config).eval()
+            layer = Layer(self.config).eval()
         for name in ("attn_norm", "attn", "ffn_norm"):
-            load_weights(layer.get_submodule(name), self.checkpoint, f"{prefix}{name}.")
-        q, k, v = layer.attn.project(layer.attn_norm(own.hidden), own.step)
-        read = _read(layer, q, k, v, own)
-        attended = layer.attn.o(read)
-        middle = own.hidden + attended
-        if local is not None:
-            x = local.hidden
-
-            def projected(at: int) -> Callable[[Rounding | None], Tensor]:
-                return lambda rounding: _flat(layer.attn.project(layer.attn_norm(x), local.step)[at])
-
-            yield self._compare(engine, i, "key", projected(1), _flat(k))
-            yield self._compare(engine, i, "value", projected(2), _flat(v))
-            keys, values = (
-                engine.rows(f"{prefix}{kind}")[1][None].unflatten(-1, (config.num_kv_heads, -1)).transpose(1, 2)
-                for kind in ("key", "value")
-            )
-
-            def contexts(rounding: Rounding | None) -> Tensor:
-                queries, *_ = layer.attn.project(layer.attn_norm(x), local.step)
-                y = _read(layer, queries, keys, values, local)[0]
-                return (
-                    y if rounding is None else rounding.sum_of(y, _read(layer, queries, keys, values.abs(), local)[0])
-                )
-
-            yield self._compare(engine, i, "context", contexts, read[0])
-            engine_context = engine.rows(f"{prefix}context")[1]
-            yield self._compare(engine, i, "attention", lambda _: layer.attn.o(engine_context), attended[0])
-            engine_attention = engine.rows(f"{prefix}attention")[1]
-            yield self._compare(engine, i, "residual", _sum(x[0], engine_attention), middle[0])
+            load_weights(layer.get_submodule(name), self.checkpoint, f"layers.{i}.{name}.")
+        middle = yield from self._attention(i, layer, local, engine)
         yield from self._feed_forward(i, layer, middle, engine, tapped=local is not None)
         if local is not None:
-            found, output = engine.rows(f"{prefix}output")
+            found, output = engine.rows(f"layers.{i}.output")
             local.hidden = torch.zeros_like(local.hidden)
             local.hidden[0, found] = output
+
+    def _attention(
+        self, i: int, layer: Layer, local: _Run | None, engine: Recorded
+    ) -> Generator[Compared, None, Tensor]:
+        """The first half of a layer; returns the own run's residual stream after it."""
+        own = self._own
+        q, k, v = layer.attn.project(layer.attn_norm(own.hidden), own.step)
+        context = _read(layer, q, k, v, own)
+        attention = layer.attn.o(context)
+        middle = own.hidden + attention
+        if local is None:
+            return middle
+        x, step = local.hidden, local.step
+
+        def projected(at: int) -> Callable[[Rounding | None], Tensor]:
+            return lambda _: _flat(layer.attn.project(layer.attn_norm(x), step)[at])
+
+        yield self._compare(engine, i, "key", projected(1), _flat(k))
+        yield self._compare(engine, i, "value", projected(2), _flat(v))
+        taps = {name: engine.rows(f"layers.{i}.{name}")[1] for name in ("key", "value", "context", "attention")}
+        heads = (self.config.num_kv_heads, -1)
+        keys, values = (taps[name][None].unflatten(-1, heads).transpose(1, 2) for name in ("key", "value"))
+
+        def contexts(rounding: Rounding | None) -> Tensor:
+            queries, *_ = layer.attn.project(layer.attn_norm(x), step)
+            y = _read(layer, queries, keys, values, local)[0]
+            return y if rounding is None else rounding.sum_of(y, _read(layer, queries, keys, values.abs(), local)[0])
+
+        yield self._compare(engine, i, "context", contexts, context[0])
+        yield self._compare(engine, i, "attention", lambda _: layer.attn.o(taps["context"]), attention[0])
+        yield self._compare(engine, i, "residual", _sum(x[0], taps["attention"]), middle[0])
+        return middle
 
     def _feed_forward(
         self, i: int, layer: Layer, middle: Tensor, engine: Recorded, *, tapped: bool
@@ -288,6 +287,10 @@ def _read(layer: Layer, q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:
 def _flat(heads: Tensor) -> Tensor:
     """[1, Hkv, n, Dh] -> [n, Hkv * Dh]."""
     return heads[0].transpose(0, 1).flatten(1)
+
+
+def _stored(rows: Tensor) -> Callable[[Rounding | None], Tensor]:
+    return lambda rounding: rows if rounding is None else rounding.weight(rows)
 
 
 def _sum(x: Tensor, y: Tensor) -> Callable[[Rounding | None], Tensor]:
