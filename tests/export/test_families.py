@@ -175,7 +175,7 @@ def test_reads_what_transformers_writes(model: str, tmp_path: Path) -> None:
     config = read_config(tmp_path)
     assert config.family == model_type
     for name, value in sizes.items():
-        owner = config.moe if name in ("num_experts", "top_k") else config
+        owner = config.moe if name in ("num_experts", "top_k", "renormalize") else config
         assert getattr(owner, name) == value, name
 
 
