@@ -78,8 +78,9 @@ def hf_config(model: str, **overrides: Any) -> transformers.PreTrainedConfig:
         sizes["intermediate_size"] *= 2  # of dense layers: none is there
     if model_type == "olmoe" and "head_dim" in sizes:
         sizes["hidden_size"] = sizes.pop("head_dim") * sizes["num_heads"]
+    tokens = {"eos_token_id": None} if model_type == "olmoe" else {}  # its default is beyond these vocabularies
     theta = sizes.pop("rope_theta")
-    fields = {HF_NAMES.get(name, name): value for name, value in sizes.items()}
+    fields = tokens | {HF_NAMES.get(name, name): value for name, value in sizes.items()}
     rope = {"rope_type": "default", "rope_theta": theta}
     return transformers.AutoConfig.for_model(model_type, rope_parameters=rope, **fields)
 

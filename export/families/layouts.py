@@ -18,9 +18,7 @@ def mlp(config: ModelConfig, ours: str, gate: str, up: str, down: str) -> Weight
     return {f"{ours}.mlp.w_in": Weight((2 * I, D), w_in), f"{ours}.mlp.w_out": whole((D, I), down)}
 
 
-def experts(
-    config: ModelConfig, ours: str, theirs: str, parts: tuple[str, str, str] = ("w1", "w3", "w2")
-) -> WeightMap:
+def experts(config: ModelConfig, ours: str, theirs: str, parts: tuple[str, str, str] = ("w1", "w3", "w2")) -> WeightMap:
     """Expert weights stored one by one, as `{theirs}.{e}.{part}.weight`; parts: the names of gate, up and down."""
     assert config.moe is not None
     *gate_up, down = parts

@@ -24,7 +24,9 @@ def read_config(raw: dict[str, Any]) -> ModelConfig:
     fields.refuse_unless("sliding_window")
     config = hf.read_config("olmoe", fields, DEFAULTS, hf.read_experts(fields))
     if config.head_dim * config.num_heads != config.hidden_size:
-        expected = f"hidden_size {config.hidden_size} / {config.num_heads} heads"  # the norm of q has hidden_size weights
+        expected = (
+            f"hidden_size {config.hidden_size} / {config.num_heads} heads"  # the norm of q has hidden_size weights
+        )
         raise fields.unsupported("head_dim", expected)
     return replace(config, qk_norm="width", qkv_clip=fields.number("clip_qkv", None))
 

@@ -122,9 +122,7 @@ def _with_heads_side_by_side(build: Builder, value: ir.Value | None) -> ir.Value
     return flat
 
 
-def _packed_projection(
-    graph: ir.Graph, build: Builder, heads: list[ir.Value | None], clip: float | None
-) -> ir.Value:
+def _packed_projection(graph: ir.Graph, build: Builder, heads: list[ir.Value | None], clip: float | None) -> ir.Value:
     """One product x [Wq; Wk; Wv]^T, clipped like the three that it replaces: [B, S, (H + 2 Hkv) * Dh]."""
     matmuls = [_projection(value) for value in heads]
     weights = [_weight(matmul) for matmul in matmuls]
