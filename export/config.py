@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gatework.plugins.errors import GateworkError
 
@@ -13,6 +13,7 @@ MAX_LAYERS = 1_000
 MAX_EXPERTS = 50_000  # over all layers: a weight map is made before any tensor is looked at
 
 Norm = Literal["rms", "layer"]
+QKNorm = Literal["head", "width"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -57,7 +58,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     sliding_window: int | None = None  # W keys are visible, the query's own position included
-    qkv_clip: float | None = None  # clamp q, k and v to [-c, c] before RoPE
+    qk_norm: QKNorm | None = None  # RMS norm of q and k before RoPE: of each head by itself, or of all heads as one
+    qkv_clip: float | None = None  # clamp q, k and v to [-c, c], after qk_norm "width" and before "head"
     tie_embeddings: bool = False
     moe: MoEConfig | None = None
     dtype: Dtype = "float32"  # of the stored weights
@@ -101,6 +103,8 @@ class ModelConfig:
             raise GateworkError(
                 "sliding_window is not positive", got=self.sliding_window, expected="at least 1, or none"
             )
+        if self.qk_norm not in (None, *get_args(QKNorm)):
+            raise GateworkError("qk_norm is not known", got=repr(self.qk_norm), expected="head, width or none")
         if self.qkv_clip is not None and not self.qkv_clip > 0:
             raise GateworkError("qkv_clip is not positive", got=self.qkv_clip, expected="a positive bound, or none")
 
@@ -114,9 +118,11 @@ class ModelConfig:
                 "attn.q.weight": (self.num_heads * Dh, D),
                 "attn.k.weight": (self.num_kv_heads * Dh, D),
                 "attn.v.weight": (self.num_kv_heads * Dh, D),
-                "attn.o.weight": (D, self.num_heads * Dh),
-                "ffn_norm.weight": (D,),
             }
+            if self.qk_norm is not None:
+                q, k = (self.num_heads, self.num_kv_heads) if self.qk_norm == "width" else (1, 1)
+                layer |= {"attn.q_norm.weight": (q * Dh,), "attn.k_norm.weight": (k * Dh,)}
+            layer |= {"attn.o.weight": (D, self.num_heads * Dh), "ffn_norm.weight": (D,)}
             if self.moe is None:  # gate rows first, then up rows
                 layer |= {"mlp.w_in": (2 * I, D), "mlp.w_out": (D, I)}
             else:

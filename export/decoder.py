@@ -70,13 +70,24 @@ class Attention(nn.Module):
         )
         self.q, self.k, self.v = Linear(width, D), Linear(kv_width, D), Linear(kv_width, D)
         self.o = Linear(D, width)
+        if config.qk_norm is not None:
+            by_head = config.qk_norm == "head"
+            self.q_norm = nn.RMSNorm(config.head_dim if by_head else width, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim if by_head else kv_width, eps=config.norm_eps)
 
-    def heads(self, projected: Tensor, count: int) -> Tensor:
-        """[B, S, count * Dh] -> [B, count, S, Dh], clipped where the model asks for it."""
-        if self.config.qkv_clip is not None:
-            projected = projected.clamp(-self.config.qkv_clip, self.config.qkv_clip)
-        B, S, _ = projected.shape
-        return projected.view(B, S, count, self.config.head_dim).transpose(1, 2)
+    def heads(self, projected: Tensor, norm: str | None = None) -> Tensor:
+        """[B, S, n * Dh] -> [B, n, S, Dh], normalised by the submodule `norm` and clipped where the model asks for it."""
+        config = self.config
+        normalise = None if norm is None or config.qk_norm is None else self.get_submodule(norm)
+        if normalise is not None and config.qk_norm == "width":
+            projected = normalise(projected)
+        if config.qkv_clip is not None:
+            projected = projected.clamp(-config.qkv_clip, config.qkv_clip)
+        B, S, width = projected.shape
+        heads = projected.view(B, S, width // config.head_dim, config.head_dim)
+        if normalise is not None and config.qk_norm == "head":
+            heads = normalise(heads)
+        return heads.transpose(1, 2)
 
     def forward(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.project(x, step)
@@ -86,10 +97,10 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, S, Dh], and keys and values [B, Hkv, S, Dh] as the cache holds them."""
-        config, ops = self.config, torch.onnx.ops
-        q = ops.rotary_embedding(self.heads(self.q(x), config.num_heads), step.cos, step.sin, step.position_ids)
-        k = ops.rotary_embedding(self.heads(self.k(x), config.num_kv_heads), step.cos, step.sin, step.position_ids)
-        return q, k, self.heads(self.v(x), config.num_kv_heads)
+        ops = torch.onnx.ops
+        q = ops.rotary_embedding(self.heads(self.q(x), "q_norm"), step.cos, step.sin, step.position_ids)
+        k = ops.rotary_embedding(self.heads(self.k(x), "k_norm"), step.cos, step.sin, step.position_ids)
+        return q, k, self.heads(self.v(x))
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """What the queries find in the cache [B, Hkv, S_max, Dh], [B, S, H * Dh]; mask [B, 1, S, S_max]."""

@@ -34,6 +34,9 @@ TABLE: dict[str, tuple[str, dict[str, Any]]] = {  # model -> (model_type, sizes)
     "zephyr": ("mistral", BASE | {"sliding_window": 4}),
     "mixtral": ("mixtral", BASE | MOE | {"rope_theta": 1e6, "sliding_window": None}),
     "dbrx": ("dbrx", BASE | {"num_experts": 16, "top_k": 4, "rope_theta": 5e5, "qkv_clip": 8}),
+    "qwen3": ("qwen3", BASE | {"head_dim": 32, "norm_eps": 1e-6, "tie_embeddings": True}),
+    "qwen3_moe": ("qwen3_moe", BASE | MOE | {"head_dim": 32, "norm_eps": 1e-6, "renormalize": True}),
+    "olmoe": ("olmoe", BASE | MOE | {"renormalize": False, "qkv_clip": 2.0}),
 }
 
 # Odd sizes that the issue asks for, one table for every test that sweeps them.
@@ -52,6 +55,8 @@ HF_NAMES = {
     "norm_eps": "rms_norm_eps",
     "num_experts": "num_local_experts",
     "top_k": "num_experts_per_tok",
+    "renormalize": "norm_topk_prob",
+    "qkv_clip": "clip_qkv",
     "tie_embeddings": "tie_word_embeddings",
 }
 
@@ -68,8 +73,14 @@ def hf_config(model: str, **overrides: Any) -> transformers.PreTrainedConfig:
     sizes = sizes | overrides
     if model_type == "dbrx":
         return dbrx_config(sizes)
+    if model_type == "qwen3_moe":
+        sizes["moe_intermediate_size"] = sizes["intermediate_size"]
+        sizes["intermediate_size"] *= 2  # of dense layers: none is there
+    if model_type == "olmoe" and "head_dim" in sizes:
+        sizes["hidden_size"] = sizes.pop("head_dim") * sizes["num_heads"]
+    tokens = {"eos_token_id": None} if model_type == "olmoe" else {}  # its default is beyond these vocabularies
     theta = sizes.pop("rope_theta")
-    fields = {HF_NAMES.get(name, name): value for name, value in sizes.items()}
+    fields = tokens | {HF_NAMES.get(name, name): value for name, value in sizes.items()}
     rope = {"rope_type": "default", "rope_theta": theta}
     return transformers.AutoConfig.for_model(model_type, rope_parameters=rope, **fields)
 

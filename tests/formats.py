@@ -27,9 +27,8 @@ def formats_of(model: str) -> list[str]:
         "llama": ["meta", "meta-mp2"],
         "mistral": ["meta", "consolidated"],
         "mixtral": ["meta", "consolidated", "stacked"],
-        "dbrx": [],
     }
-    return ["sharded", "bin", "sharded-bin", *own[model_type]]
+    return ["sharded", "bin", "sharded-bin", *own.get(model_type, [])]
 
 
 def convert(path: Path, file_format: str) -> Path:

@@ -35,6 +35,8 @@ CASES = [
         ("mixtral", {}),
         ("mixtral", {"num_experts": 5, "top_k": 3, "intermediate_size": 50, "vocab_size": 131}),
         ("dbrx", {}),
+        ("qwen3_moe", {}),
+        ("olmoe", {}),
     ]
 ]
 

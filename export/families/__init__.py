@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gatework.export.config import ModelConfig
-from gatework.export.families import dbrx, llama, mistral, mixtral
+from gatework.export.families import dbrx, llama, mistral, mixtral, olmoe, qwen3, qwen3_moe
 from gatework.export.weights import WeightMap
 from gatework.plugins.errors import GateworkError
 
@@ -27,7 +27,15 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     name: Family(name, module.read_config, module.weight_map)
-    for name, module in {"llama": llama, "mistral": mistral, "mixtral": mixtral, "dbrx": dbrx}.items()
+    for name, module in {
+        "llama": llama,
+        "mistral": mistral,
+        "mixtral": mixtral,
+        "dbrx": dbrx,
+        "qwen3": qwen3,
+        "qwen3_moe": qwen3_moe,
+        "olmoe": olmoe,
+    }.items()
 }
 
 

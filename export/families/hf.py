@@ -1,4 +1,4 @@
-"""What the Hugging Face checkpoints of LLaMA, Mistral and Mixtral have in common: config fields and tensor names."""
+"""What Hugging Face checkpoints in LLaMA's vocabulary have in common: config fields and tensor names."""
 
 from __future__ import annotations
 
@@ -78,6 +78,17 @@ def read_config(family: str, fields: Fields, defaults: Defaults, moe: MoEConfig 
     )
 
 
+def read_experts(fields: Fields) -> MoEConfig:
+    """Routing of Qwen3-MoE and OLMoE. The number of experts has two names: files of transformers 5 may have the second."""
+    given = {fields.integer(name, None) for name in ("num_experts", "num_local_experts")} - {None}
+    if len(given) > 1:
+        both = " and ".join(map(str, sorted(given)))
+        raise fields.error("num_experts", both, "the same number in num_local_experts")
+    num_experts = given.pop() if given else fields.integer("num_experts")
+    renormalize = fields.flag("norm_topk_prob", False)
+    return MoEConfig(num_experts=num_experts, top_k=fields.integer("num_experts_per_tok"), renormalize=renormalize)
+
+
 def refuse_architecture(fields: Fields, known: tuple[str, ...]) -> None:
     """Raise where `architectures` names another class: OpenMoE, for one, calls its model_type "llama"."""
     names = fields.raw.get("architectures") or []
@@ -135,6 +146,15 @@ def dtype(fields: Fields) -> Dtype:
 
 def weight_map(config: ModelConfig) -> WeightMap:
     """Where a Hugging Face checkpoint, dense or like Mixtral, keeps every canonical weight."""
+    return _weight_map(config, "block_sparse_moe", ("w1", "w3", "w2"))
+
+
+def projections_weight_map(config: ModelConfig) -> WeightMap:
+    """The same where experts are named like a dense MLP: `mlp.experts.{e}.gate_proj`, `.up_proj` and `.down_proj`."""
+    return _weight_map(config, "mlp", ("gate_proj", "up_proj", "down_proj"))
+
+
+def _weight_map(config: ModelConfig, moe: str, expert_parts: tuple[str, str, str]) -> WeightMap:
     shapes = config.tensor_shapes()
     names = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
     if not config.tie_embeddings:
@@ -144,11 +164,13 @@ def weight_map(config: ModelConfig) -> WeightMap:
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         names[f"{ours}.attn_norm.weight"] = f"{theirs}.input_layernorm.weight"
         names |= {f"{ours}.attn.{part}.weight": f"{theirs}.self_attn.{part}_proj.weight" for part in "qkvo"}
+        if config.qk_norm is not None:
+            names |= {f"{ours}.attn.{part}_norm.weight": f"{theirs}.self_attn.{part}_norm.weight" for part in "qk"}
         names[f"{ours}.ffn_norm.weight"] = f"{theirs}.post_attention_layernorm.weight"
         if config.moe is None:
             parts = (f"{theirs}.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
             weights |= layouts.mlp(config, ours, *parts)
         else:
-            names[f"{ours}.moe.router.weight"] = f"{theirs}.block_sparse_moe.gate.weight"
-            weights |= layouts.experts(config, ours, f"{theirs}.block_sparse_moe.experts")
+            names[f"{ours}.moe.router.weight"] = f"{theirs}.{moe}.gate.weight"
+            weights |= layouts.experts(config, ours, f"{theirs}.{moe}.experts", expert_parts)
     return weights | {ours: layouts.whole(shapes[ours], theirs) for ours, theirs in names.items()}

@@ -18,12 +18,13 @@ def mlp(config: ModelConfig, ours: str, gate: str, up: str, down: str) -> Weight
     return {f"{ours}.mlp.w_in": Weight((2 * I, D), w_in), f"{ours}.mlp.w_out": whole((D, I), down)}
 
 
-def experts(config: ModelConfig, ours: str, theirs: str) -> WeightMap:
-    """Expert weights stored one by one, as `{theirs}.{e}.w1` (gate), `.w3` (up) and `.w2` (down)."""
+def experts(config: ModelConfig, ours: str, theirs: str, parts: tuple[str, str, str] = ("w1", "w3", "w2")) -> WeightMap:
+    """Expert weights stored one by one, as `{theirs}.{e}.{part}.weight`; parts: the names of gate, up and down."""
     assert config.moe is not None
+    *gate_up, down = parts
     E, D, I = config.moe.num_experts, config.hidden_size, config.intermediate_size
-    w_in = [Piece(name=f"{theirs}.{e}.{part}.weight", shape=(I, D)) for e in range(E) for part in ("w1", "w3")]
-    w_out = [Piece(name=f"{theirs}.{e}.w2.weight", shape=(D, I)) for e in range(E)]
+    w_in = [Piece(name=f"{theirs}.{e}.{part}.weight", shape=(I, D)) for e in range(E) for part in gate_up]
+    w_out = [Piece(name=f"{theirs}.{e}.{down}.weight", shape=(D, I)) for e in range(E)]
     return {
         f"{ours}.moe.w_in": Weight((E, 2 * I, D), tuple(w_in)),
         f"{ours}.moe.w_out": Weight((E, D, I), tuple(w_out)),

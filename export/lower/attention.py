@@ -1,6 +1,7 @@
 """Canonical attention -> GroupQueryAttention: rotary, in-place cache write and attention in one kernel, q|k|v in one product.
 
-Pre: RotaryEmbedding / TensorScatter / Attention as the decoder traces them.
+Pre: RotaryEmbedding / TensorScatter / Attention as the decoder traces them. Where q and k are normalised, the one product is
+split again, and the operator takes three inputs.
 Post: no Attention, TensorScatter or mask is left, unless head_dim is not a multiple of 16, which the kernel demands; such
 a model keeps the standard operators.
 """
@@ -62,9 +63,13 @@ def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: _Leng
     k_rope = producer(k_write.inputs[1], "RotaryEmbedding")
     assert q_rope.op_type == "RotaryEmbedding" and k_rope is not None
     build = Builder(graph, node)
-    qkv = _packed_projection(graph, build, [q_rope.inputs[0], k_rope.inputs[0], v_write.inputs[1]], config)
+    heads = [q_rope.inputs[0], k_rope.inputs[0], v_write.inputs[1]]
+    if config.qk_norm is None:
+        projected = [_packed_projection(graph, build, heads, config.qkv_clip), None, None]
+    else:
+        projected = _split_projection(graph, build, heads, config)
     past = (k_write.inputs[0], v_write.inputs[0])
-    inputs = [qkv, None, None, *past, lengths.seqlens_k, lengths.total, q_rope.inputs[1], q_rope.inputs[2]]
+    inputs = [*projected, *past, lengths.seqlens_k, lengths.total, q_rope.inputs[1], q_rope.inputs[2]]
     if lengths.query is not None:
         inputs += [None] * (_QUERY_SEQLENS - len(inputs)) + [lengths.query]
     y, present_k, present_v = build.op(
@@ -92,13 +97,37 @@ def _merged_heads(value: ir.Value) -> ir.Value:
     return value
 
 
-def _packed_projection(graph: ir.Graph, build: Builder, heads: list[ir.Value | None], config: ModelConfig) -> ir.Value:
+def _split_projection(
+    graph: ir.Graph, build: Builder, heads: list[ir.Value | None], config: ModelConfig
+) -> list[ir.Value]:
+    """q, k and v [B, S, heads * Dh] as the graph normalises and clips them, out of one product."""
+    matmuls = [_projection(value) for value in heads]
+    first = Builder(graph, matmuls[0])
+    packed = _packed_projection(graph, first, heads, None)
+    widths = np.array([static_shape(_weight(matmul))[0] for matmul in matmuls], np.int64)
+    parts = first.op("Split", packed, first.constant(widths), axis=-1, outputs=3)
+    for matmul, part in zip(matmuls, parts, strict=True):
+        replace(matmul.outputs[0], part)
+    return [_with_heads_side_by_side(build, value) for value in heads]
+
+
+def _with_heads_side_by_side(build: Builder, value: ir.Value | None) -> ir.Value:
+    """[B, heads, S, Dh] -> [B, S, heads * Dh]: what was reshaped, or, normalised since, reshaped back."""
+    transpose = producer(value, "Transpose")
+    assert transpose is not None
+    split = producer(transpose.inputs[0], "Reshape")
+    flat = split.inputs[0] if split is not None else None
+    if flat is None:
+        (flat,) = build.op("Reshape", transpose.inputs[0], build.constant(np.array([0, 0, -1], np.int64)))
+    return flat
+
+
+def _packed_projection(graph: ir.Graph, build: Builder, heads: list[ir.Value | None], clip: float | None) -> ir.Value:
     """One product x [Wq; Wk; Wv]^T, clipped like the three that it replaces: [B, S, (H + 2 Hkv) * Dh]."""
     matmuls = [_projection(value) for value in heads]
-    weights = [linear_weight(matmul) for matmul in matmuls]
-    assert all(weight is not None for weight in weights)
-    shapes = [static_shape(weight) for weight in weights if weight is not None]
-    specs = [pack_of(weight) for weight in weights if weight is not None]
+    weights = [_weight(matmul) for matmul in matmuls]
+    shapes = [static_shape(weight) for weight in weights]
+    specs = [pack_of(weight) for weight in weights]
     spec = specs[0].outputs[0]
     name = spec.name.replace(".q.", ".qkv.")
     rows = sum(shape[0] for shape in shapes)
@@ -110,18 +139,24 @@ def _packed_projection(graph: ir.Graph, build: Builder, heads: list[ir.Value | N
     (packed,) = add_packed(graph, pack)
     (transposed,) = build.op("Transpose", packed, perm=[1, 0])
     (qkv,) = build.op("MatMul", matmuls[0].inputs[0], transposed)
-    if config.qkv_clip is not None:
+    if clip is not None:
         assert packed.dtype is not None
         qkv.dtype = packed.dtype
-        low, high = (build.constant(np.array(sign * config.qkv_clip, packed.dtype.numpy())) for sign in (-1, 1))
+        low, high = (build.constant(np.array(sign * clip, packed.dtype.numpy())) for sign in (-1, 1))
         (qkv,) = build.op("Clip", qkv, low, high)
     return qkv
 
 
 def _projection(value: ir.Value | None) -> ir.Node:
-    """The MatMul behind Transpose, Reshape and, where the model clips, Clip."""
-    while (node := producer(value, "Transpose", "Reshape", "Clip")) is not None:
+    """The MatMul behind Transpose, Reshape and, where the model normalises or clips, RMSNormalization or Clip."""
+    while (node := producer(value, "Transpose", "Reshape", "RMSNormalization", "Clip")) is not None:
         value = node.inputs[0]
     matmul = producer(value, "MatMul")
     assert matmul is not None
     return matmul
+
+
+def _weight(matmul: ir.Node) -> ir.Value:
+    weight = linear_weight(matmul)
+    assert weight is not None
+    return weight

@@ -141,6 +141,8 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
         ("rotary base", f"{config.rope_theta:,.10g}"),
         ("norm", f"{'RMSNorm' if config.norm == 'rms' else 'LayerNorm'}, epsilon {config.norm_eps:g}"),
     ]
+    if config.qk_norm is not None:
+        rows.append(("q, k normalised", "each head by itself" if config.qk_norm == "head" else "all heads as one"))
     if config.qkv_clip is not None:
         rows.append(("q, k, v clipped to", f"±{config.qkv_clip:g}"))
     return rows

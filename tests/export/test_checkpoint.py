@@ -71,13 +71,17 @@ def test_canonical_weights_are_those_transformers_loads(model: str, odd: bool, t
 
 
 def llama_weights(model: Any) -> dict[str, Tensor]:
-    """Canonical weights from the modules of transformers' LLaMA, Mistral and Mixtral."""
-    weights = {"embed": model.model.embed_tokens, "norm": model.model.norm, "lm_head": model.lm_head}
+    """Canonical weights from the modules of transformers' LLaMA and of what has its vocabulary."""
+    weights = {"embed": model.model.embed_tokens, "norm": model.model.norm}
+    if not model.config.tie_word_embeddings:
+        weights["lm_head"] = model.lm_head
     expected = {f"{name}.weight": module.weight for name, module in weights.items()}
     for i, layer in enumerate(model.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
         parts = {"attn_norm": layer.input_layernorm, "ffn_norm": layer.post_attention_layernorm}
         parts |= {f"attn.{part}": getattr(attention, f"{part}_proj") for part in "qkvo"}
+        norms = {"attn.q_norm": "q_norm", "attn.k_norm": "k_norm"}
+        parts |= {ours: getattr(attention, theirs) for ours, theirs in norms.items() if hasattr(attention, theirs)}
         if hasattr(mlp, "experts"):
             parts["moe.router"] = mlp.gate
             tensors = {"moe.w_in": mlp.experts.gate_up_proj, "moe.w_out": mlp.experts.down_proj}

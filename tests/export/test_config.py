@@ -41,6 +41,7 @@ ROUTED = replace(DENSE, moe=MoEConfig(num_experts=5, top_k=3), eos_token_ids=(2,
         ({"rope_theta": -1e4}, "rope_theta"),
         ({"sliding_window": 0}, "sliding_window"),
         ({"qkv_clip": 0.0}, "qkv_clip"),
+        ({"qk_norm": "heads"}, "qk_norm"),
     ],
 )
 def test_impossible_value_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
@@ -94,6 +95,19 @@ def test_tensor_shapes() -> None:
         "lm_head.weight": (128, 64),
     }
     assert "lm_head.weight" not in replace(config, tie_embeddings=True).tensor_shapes()
+
+
+@pytest.mark.parametrize(("qk_norm", "q", "k"), [("head", 16, 16), ("width", 64, 32)])
+def test_norms_of_q_and_k(qk_norm: Any, q: int, k: int) -> None:
+    shapes = replace(DENSE, qk_norm=qk_norm).tensor_shapes()
+    assert (shapes["layers.1.attn.q_norm.weight"], shapes["layers.1.attn.k_norm.weight"]) == ((q,), (k,))
+    assert replace(DENSE, qk_norm=qk_norm).num_parameters() == DENSE.num_parameters() + 2 * (q + k)
+
+
+def test_description_from_before_a_field_was_there() -> None:
+    fields = DENSE.to_dict()
+    del fields["qk_norm"]
+    assert ModelConfig.from_dict(fields) == DENSE
 
 
 def test_counts() -> None:

@@ -71,6 +71,49 @@ DBRX = {
     "torch_dtype": "bfloat16",
     "vocab_size": 100352,
 }
+QWEN3 = llama(4096, 36, 32, 12288, **GQA, head_dim=128, torch_dtype="bfloat16", rms_norm_eps=1e-6, rope_theta=1e6) | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN3_MOE = QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "decoder_sparse_step": 1,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+QWEN3_235B = QWEN3_MOE | {"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64}
+QWEN3_235B |= {"moe_intermediate_size": 1536, "intermediate_size": 12288}
+OLMOE = llama(2048, 16, 16, 1024, num_key_value_heads=16, torch_dtype="bfloat16", vocab_size=50304) | {
+    "architectures": ["OlmoeForCausalLM"],
+    "model_type": "olmoe",
+    "attention_bias": False,
+    "clip_qkv": None,
+    "eos_token_id": 50279,
+    "max_position_embeddings": 4096,
+    "norm_topk_prob": False,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+}
 
 # name -> config, parameters, active parameters, bytes of keys and values per token in fp16
 PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
@@ -89,6 +132,10 @@ PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "mixtral-8x7b": (MIXTRAL, 46_702_792_704, 12_879_925_248, 131_072),
     "mixtral-8x22b": (MIXTRAL_22B, 140_620_634_112, 39_152_031_744, 229_376),
     "dbrx": (DBRX, 131_596_523_520, 36_469_708_800, 163_840),
+    "qwen3-8b": (QWEN3, 8_190_735_360, 8_190_735_360, 147_456),
+    "qwen3-30b-a3b": (QWEN3_MOE, 30_532_122_624, 3_353_032_704, 98_304),
+    "qwen3-235b-a22b": (QWEN3_235B, 235_093_634_560, 22_190_763_520, 192_512),
+    "olmoe-1b-7b": (OLMOE, 6_919_161_856, 1_282_017_280, 131_072),
 }
 
 # The params.json of Mixtral's first release, as it was passed around, to the letter.
@@ -146,6 +193,11 @@ SILENT: dict[str, Raw] = {
     "transformers 5": without(MIXTRAL, "rope_theta", "torch_dtype")
     | {"dtype": "bfloat16", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
     "tied": MISTRAL | {"tie_word_embeddings": True},
+    "qwen3": without(QWEN3, "head_dim", "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
+    "qwen3 window unused": QWEN3 | {"sliding_window": 4096},
+    "qwen3_moe": without(QWEN3_MOE, "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
+    "qwen3_moe heads": without(QWEN3_MOE, "head_dim", "sliding_window", "use_sliding_window"),
+    "olmoe": without(OLMOE, "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
 }
 
 
@@ -155,7 +207,7 @@ def test_silent_fields_mean_what_transformers_takes_them_for(name: str) -> None:
     config = read(raw)
     theirs = transformers.AutoConfig.for_model(**raw)
     assert config.num_kv_heads == theirs.num_key_value_heads
-    assert config.head_dim == (theirs.head_dim or theirs.hidden_size // theirs.num_attention_heads)
+    assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     assert config.norm_eps == theirs.rms_norm_eps
     assert config.rope_theta == theirs.rope_parameters["rope_theta"]
     assert config.sliding_window == getattr(theirs, "sliding_window", None)
@@ -175,7 +227,7 @@ def test_reads_what_transformers_writes(model: str, tmp_path: Path) -> None:
     config = read_config(tmp_path)
     assert config.family == model_type
     for name, value in sizes.items():
-        owner = config.moe if name in ("num_experts", "top_k") else config
+        owner = config.moe if name in ("num_experts", "top_k", "renormalize") else config
         assert getattr(owner, name) == value, name
 
 
@@ -233,6 +285,16 @@ def test_dbrx_without_clip() -> None:
     assert read(DBRX | {"attn_config": DBRX["attn_config"] | {"clip_qkv": None}}).qkv_clip is None
 
 
+@pytest.mark.parametrize("raw", [QWEN3_MOE, OLMOE], ids=["qwen3_moe", "olmoe"])
+def test_experts_of_qwen3_and_olmoe(raw: Raw) -> None:
+    """Two names for their number, scores as they are where the config is silent, and a clip for OLMoE alone."""
+    config = read(without(raw, "norm_topk_prob"))
+    assert config == read(without(raw, "num_experts", "norm_topk_prob") | {"num_local_experts": raw["num_experts"]})
+    assert config.moe is not None
+    assert not config.moe.renormalize
+    assert read(OLMOE | {"clip_qkv": 8.0}).qkv_clip == 8.0
+
+
 # ---- what is refused
 
 UNSUPPORTED: dict[str, tuple[Raw, str]] = {
@@ -263,6 +325,19 @@ UNSUPPORTED: dict[str, tuple[Raw, str]] = {
     "endless experts": (MIXTRAL | {"num_local_experts": 10**9}, "layers of 1000000000 experts"),
     "huge number": (MISTRAL | {"rms_norm_eps": 10**400}, "rms_norm_eps"),
     "token ids": (MISTRAL | {"eos_token_id": "</s>"}, "eos_token_id"),
+    "qwen3 window": (QWEN3 | {"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
+    "qwen3 bias": (QWEN3 | {"attention_bias": True}, "attention_bias"),
+    "qwen3 yarn": (QWEN3 | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type"),
+    "qwen3 layers": (QWEN3 | {"layer_types": ["full_attention", "sliding_attention"] * 18}, "layer_types"),
+    "qwen3_moe window": (QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
+    "qwen3_moe dense layers": (QWEN3_MOE | {"mlp_only_layers": [0]}, "mlp_only_layers"),
+    "qwen3_moe every other": (QWEN3_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+    "qwen3_moe width": (without(QWEN3_MOE, "moe_intermediate_size"), "moe_intermediate_size"),
+    "qwen3_moe experts": (QWEN3_MOE | {"num_local_experts": 64}, "num_experts"),
+    "qwen3_moe no experts": (without(QWEN3_MOE, "num_experts"), "num_experts"),
+    "olmoe window": (OLMOE | {"sliding_window": 4096}, "sliding_window"),
+    "olmoe heads": (OLMOE | {"head_dim": 64}, "head_dim"),
+    "olmoe clip": (OLMOE | {"clip_qkv": 0}, "qkv_clip"),
     "nested": (DBRX | {"attn_config": [1]}, "attn_config"),
 }
 
@@ -276,7 +351,7 @@ def test_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize("model_type", ["gpt2", None, 3, ["llama"]])
 def test_unknown_model_type_lists_the_known(model_type: Any) -> None:
-    with pytest.raises(GateworkError, match="llama, mistral, mixtral, dbrx"):
+    with pytest.raises(GateworkError, match="llama, mistral, mixtral, dbrx, qwen3, qwen3_moe, olmoe"):
         read({"model_type": model_type})
 
 

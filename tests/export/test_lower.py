@@ -96,6 +96,17 @@ def test_odd_head_width_keeps_standard_attention() -> None:
     assert ops["PackedMatMul"] == 4 * 3 + 1
 
 
+@pytest.mark.parametrize("qk_norm", ["head", "width"])
+def test_normalised_q_and_k_take_one_product_and_three_inputs(qk_norm: str) -> None:
+    config = with_changes(qk_norm=qk_norm)
+    model = lower_to_cpu(trace(config, 32), config, "int8", 32)
+    ops = Counter(node.op_type for node in model.graph)
+    assert (ops["GroupQueryAttention"], ops["Split"], ops["PackedMatMul"]) == (3, 3, 2 * 3 + 1)
+    assert (ops["Attention"], ops["RotaryEmbedding"], ops["Transpose"], ops["MatMul"]) == (0, 0, 0, 0)
+    assert ops["RMSNormalization"] == 2 * 3 + 2  # of q and k; the first, and the one behind the last Slice
+    assert all(None not in node.inputs[:3] for node in model.graph if node.op_type == "GroupQueryAttention")
+
+
 def test_layer_norms_stay() -> None:
     assert operators(with_changes(norm="layer"), "int8")["LayerNormalization"] == 7
 
