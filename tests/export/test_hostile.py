@@ -576,8 +576,6 @@ def refused_by_command(*words: object) -> str:
 INSPECTED = [
     "safetensors: header of 95 MB",
     "torch: pickle that unpacks to 4 GB",
-    "meta: shard that is a pipe",
-    "config: empty lists",
 ]
 
 
