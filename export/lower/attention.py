@@ -65,9 +65,9 @@ def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: _Leng
     build = Builder(graph, node)
     heads = [q_rope.inputs[0], k_rope.inputs[0], v_write.inputs[1]]
     if config.qk_norm is None:
-        projected = [_packed_projection(graph, build, heads, config.qkv_clip), None, None]
+        projected: list[ir.Value | None] = [_packed_projection(graph, build, heads, config.qkv_clip), None, None]
     else:
-        projected = _split_projection(graph, build, heads, config)
+        projected = [*_split_projection(graph, build, heads, config)]
     past = (k_write.inputs[0], v_write.inputs[0])
     inputs = [*projected, *past, lengths.seqlens_k, lengths.total, q_rope.inputs[1], q_rope.inputs[2]]
     if lengths.query is not None:
