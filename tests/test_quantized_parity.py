@@ -98,9 +98,8 @@ def test_engine_equals_rounded_reference(
 
     # Of the seeds 0 to 7, two give tokens at which a router is nearly tied and flips, which moves logits by a half.
     # Seed 1 is one of the two for Qwen3-MoE in int8, as 0 is for Mixtral.
-    tokens = (
-        np.random.default_rng(0 if model == "qwen3_moe" else 1).integers(0, engine.model["vocab_size"], 20).tolist()
-    )
+    rng = np.random.default_rng(0 if model == "qwen3_moe" else 1)
+    tokens = rng.integers(0, engine.model["vocab_size"], 20).tolist()
     got = [backend.prefill(0, tokens[:10], 0).copy()]
     got += [backend.decode([tokens[at]], [at])[0].copy() for at in range(10, 20)]
     want = reference.logits(tokens)[9:]

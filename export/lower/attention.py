@@ -66,7 +66,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: _Leng
     heads = [q_rope.inputs[0], k_rope.inputs[0], v_write.inputs[1]]
     projected: list[ir.Value | None]
     if config.qk_norm is None:
-        projected: list[ir.Value | None] = [_packed_projection(graph, build, heads, config.qkv_clip), None, None]
+        projected = [_packed_projection(graph, build, heads, config.qkv_clip), None, None]
     else:
         projected = [*_split_projection(graph, build, heads, config)]
     past = (k_write.inputs[0], v_write.inputs[0])
