@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import onnxruntime
 
@@ -28,8 +30,10 @@ class GateworkPeer:
     def fill(self, batch: int, context: int) -> None:
         """Random numbers: pages that nobody wrote would read faster than memory."""
         random = np.random.default_rng(1)
-        for cache in self._backend._cache.values():  # [slots, Hkv, S_max, Dh]
-            rows = cache[:batch, :, :context]
+        cache = self._backend._cache
+        for name in cache.layout.names:
+            address = ctypes.cast(cache.address(name, 0), ctypes.POINTER(ctypes.c_float))
+            rows = np.ctypeslib.as_array(address, cache.layout.shape(batch))[:, :, :context]
             rows[:] = random.standard_normal(rows.shape, np.float32)
         self._position = context
 

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from gatework.export.config import Dtype, ModelConfig
 from gatework.export.lower.attention import to_group_query_attention
+from gatework.export.lower.cached_attention import to_cached_attention
 from gatework.export.lower.clip import clip_in_float32
 from gatework.export.lower.embedding import to_gather_block_quantized
 from gatework.export.lower.experts import quantize_experts
@@ -68,6 +69,7 @@ def _lower_to_ort(model: ir.Model, config: ModelConfig, bits: int | None, group:
     if bits is not None and kernels.packed:
         model, _ = to_packed_moe(model, bits=bits, group=group)
         model, _ = to_packed_matmul(model, bits=bits, group=group)
+        model, _ = to_cached_attention(model)
     else:
         model, _ = to_contrib_moe(model, bits=bits, group=group, kernels=kernels)
         if bits is not None:

@@ -17,13 +17,22 @@ from gatework.export.config import ModelConfig
 from gatework.export.lower.graph import MS, Builder, linear_weight, producer, replace
 from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
 
-_QUERY_SEQLENS = 16  # input index of GroupQueryAttention
+_SEQLENS_K, _QUERY_SEQLENS = 5, 16  # input indices of GroupQueryAttention
 
 
-class _Lengths(NamedTuple):
+class Lengths(NamedTuple):
+    """int32: keys per row after this step less one, their maximum over the batch, and, if asked for, new tokens per row."""
+
     seqlens_k: ir.Value
     total: ir.Value
     query: ir.Value | None
+
+    def before(self, cos: ir.Value | None, sin: ir.Value | None) -> list[ir.Value | None]:
+        """The operator's inputs behind the past cache."""
+        inputs: list[ir.Value | None] = [self.seqlens_k, self.total, cos, sin]
+        if self.query is not None:
+            inputs += [None] * (_QUERY_SEQLENS - _SEQLENS_K - len(inputs)) + [self.query]
+        return inputs
 
 
 def to_group_query_attention(model: ir.Model, config: ModelConfig, *, query_lengths: bool) -> tuple[ir.Model, bool]:
@@ -31,14 +40,14 @@ def to_group_query_attention(model: ir.Model, config: ModelConfig, *, query_leng
     if config.head_dim % 16:
         return model, False
     attentions = [node for node in model.graph if node.op_type == "Attention"]
-    lengths = _lengths(model.graph, query_lengths)
+    lengths = attention_lengths(model.graph, query_lengths=query_lengths)
     for node in attentions:
         _rewrite(model.graph, node, config, lengths)
     return model, bool(attentions)
 
 
-def _lengths(graph: ir.Graph, query_lengths: bool) -> _Lengths:
-    """Keys per row after this step less one, their maximum over the batch, and, if asked for, new tokens per row; int32."""
+def attention_lengths(graph: ir.Graph, *, query_lengths: bool) -> Lengths:
+    """Add what computes them from the graph's inputs."""
     inputs = {value.name: value for value in graph.inputs}
     build = Builder(graph, graph[0])
     (seq,) = build.op("Shape", inputs["input_ids"], start=1, end=2)  # [1]
@@ -50,14 +59,14 @@ def _lengths(graph: ir.Graph, query_lengths: bool) -> _Lengths:
     (total64,) = build.op("Add", longest, one)
     (total,) = build.op("Cast", total64, to=ir.DataType.INT32)
     if not query_lengths:
-        return _Lengths(seqlens_k, total, None)
+        return Lengths(seqlens_k, total, None)
     (batch,) = build.op("Shape", inputs["input_ids"], start=0, end=1)
     (rows,) = build.op("Expand", seq, batch)
     (query,) = build.op("Cast", rows, to=ir.DataType.INT32)
-    return _Lengths(seqlens_k, total, query)
+    return Lengths(seqlens_k, total, query)
 
 
-def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: _Lengths) -> None:
+def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: Lengths) -> None:
     q_rope, k_write, v_write = (value.producer() for value in node.inputs[:3] if value is not None)
     assert q_rope is not None and k_write is not None and v_write is not None
     k_rope = producer(k_write.inputs[1], "RotaryEmbedding")
@@ -70,9 +79,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: _Leng
     else:
         projected = [*_split_projection(graph, build, heads, config)]
     past = (k_write.inputs[0], v_write.inputs[0])
-    inputs = [*projected, *past, lengths.seqlens_k, lengths.total, q_rope.inputs[1], q_rope.inputs[2]]
-    if lengths.query is not None:
-        inputs += [None] * (_QUERY_SEQLENS - len(inputs)) + [lengths.query]
+    inputs = [*projected, *past, *lengths.before(q_rope.inputs[1], q_rope.inputs[2])]
     y, present_k, present_v = build.op(
         "GroupQueryAttention",
         *inputs,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gatework.export.groups import HEAD_BITS, HEAD_GROUP, PADDED_GROUP, fit_group
+from gatework.export.lower.cached_attention import to_group_query_attention
 from gatework.export.lower.experts import attributes_of, moe_nodes
 from gatework.export.lower.graph import MS, Builder, linear_users, linear_weight, replace
 from gatework.export.lower.moe import SILU_GATE
@@ -128,11 +129,11 @@ def _experts_out(w_out: ir.Value, width: int, bits: int, group: int) -> Pack:
 
 
 def to_contrib(model: ir.Model) -> tuple[ir.Model, bool]:
-    """Replace PackedMatMul and PackedMoE by ONNX Runtime's MatMulNBits and QMoE.
+    """Replace this package's operators by ONNX Runtime's MatMulNBits, QMoE and GroupQueryAttention.
 
     Post: constant nodes undo the kernels' layout; ONNX Runtime evaluates them once, at load.
     """
-    modified = False
+    model, modified = to_group_query_attention(model)
     for node in [node for node in model.graph if node.op_type in (cpu_ops.MATMUL, cpu_ops.MOE)]:
         build = Builder(model.graph, node)
         y = _matmul_nbits(build, node) if node.op_type == cpu_ops.MATMUL else _qmoe(build, node)

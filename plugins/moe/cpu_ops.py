@@ -17,9 +17,21 @@ hidden_size D, expert_width I, num_experts E.
     w_out_scale   [E, blocks of D, groups of I, 16]              bfloat16
     b_in, b_out   [E, G * I], [E, D]                             float32, optional
 
+`gatework::CachedAttention` version 1: rotary positions, the write into the cache and grouped-query attention. Attributes:
+num_heads H, kv_num_heads Hkv, scale, softcap (0: none; else scores become c * tanh(score / c)), window (0: none; else the keys
+that a query sees, its own included).
+
+    q             [B, S, (H + 2 Hkv) * Dh]    float32   q|k|v, or, where k and v are given, q alone [B, S, H * Dh]
+    past_k, _v    [B, Hkv, S_max, Dh]         float32   Dh a multiple of 16
+    write_indices [B]                         int64     slot, and position, of the first new key
+    cos, sin      [S_max, R / 2]              float32   the first R <= Dh elements are rotated, in halves
+    k, v          [B, S, Hkv * Dh]            float32   optional
+    y             [B, S, H * Dh]              float32
+    present_k, _v like past_k                           a caller may bind them to the memory of past_k and past_v
+
 The layout of a block is written down in cpu/layout.h. Activations are quantised to int8 per token and group, those inside an
-expert, whose error would weigh most, to 16 bits; products are sums of integers, so that the same token gives the same bits in
-any company, on any number of threads and on any processor.
+expert, whose error would weigh most, to 16 bits; products are sums of integers, attention adds in one order: the same
+token gives the same bits in any company, on any number of threads and on any processor.
 """
 
 from __future__ import annotations
@@ -31,7 +43,7 @@ from pathlib import Path
 
 from gatework.plugins.errors import GateworkError
 
-MATMUL, MOE = "PackedMatMul", "PackedMoE"
+MATMUL, MOE, ATTENTION = "PackedMatMul", "PackedMoE", "CachedAttention"
 PATHS = ("avx512_vnni", "avx_vnni", "avx2", "neon", "portable")
 BLOCK_ROWS = 16
 STEP_BYTES = 4  # of a row

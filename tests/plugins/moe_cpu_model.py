@@ -1,4 +1,4 @@
-"""Graphs of one PackedMoE or PackedMatMul node, and a script that runs them all in a process of its own.
+"""Graphs of one PackedMoE or PackedMatMul node, and a script that runs them and CachedAttention in a process of its own.
 
 python moe_cpu_model.py LIBRARY OUT.npz      # GATEWORK_CPU_PATH chooses the kernels
 """
@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 from gatework.export.lower.packed import encode_blocks
 from gatework.export.quantize import dequantize_rows, quantize_rows
 from gatework.plugins.moe.spec import MoEAttributes
+from tests.plugins.attention_cpu_model import Settings, attention_feeds, attention_model
 
 Array = np.ndarray
 FLOAT, UINT8, BFLOAT16 = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.BFLOAT16
@@ -127,6 +128,12 @@ def run_all(library: Path | str) -> dict[str, Array]:
                 x, logits = rng.standard_normal((T, D), np.float32), rng.standard_normal((T, E), np.float32)
                 key = f"moe {bits} {attributes.top_k} {T}"
                 (outputs[key],) = run.run(None, {"x": x, "router_logits": logits})
+    for settings in (Settings(), Settings(num_heads=8, kv_num_heads=1, softcap=3.0, window=40)):
+        run = session(attention_model(settings, joined=True), library)
+        for S in (1, 60):
+            feeds = attention_feeds(settings, [0, 1200], S, width=80, rotary=32, joined=True)
+            y, present_k, _ = run.run(None, feeds)
+            outputs |= {f"attention {settings.softcap} {S}": y, f"keys {settings.softcap} {S}": present_k}
     return outputs
 
 

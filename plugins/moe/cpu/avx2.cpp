@@ -2,28 +2,25 @@
 // |q| times x with q's sign: 2 * 128 * 127 fits. Those of 4 bits leave room for eight pairs before they have to be widened.
 // Where activations have 16 bits, words are multiplied (vpmaddwd), which takes no longer than bytes.
 #include "instructions.h"
+#include "rows256.h"
 #include "tile.h"
 
 namespace gatework {
 namespace {
 
-struct Avx2 {
-  struct Sums {
-    __m256i low, high;  // rows 0-7, rows 8-15
-  };
+struct Avx2 : Rows256 {
   static constexpr int kTile = 4;
   static constexpr bool kWords = true;
   static constexpr int offset(int bits) { return bits == 8 ? 0 : 8; }
 
   template <int bits, int T>
-  static void dot(const uint8_t* w, const int8_t* const* x, int steps, Sums (&sums)[T]) {
+  static void dot(const uint8_t* w, const int8_t* const* x, int steps, const int32_t* first, Sums (&sums)[T]) {
+    for (int t = 0; t < T; ++t) sums[t].low = sums[t].high = _mm256_set1_epi32(first[t]);
     if constexpr (bits == 8)
       dot8<T>(w, x, steps, sums);
     else
       dot4<T>(w, x, steps, sums);
   }
-
-  static __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
   static __m256i signed_pairs(__m256i size, __m256i q, __m256i x) {
     return _mm256_madd_epi16(_mm256_maddubs_epi16(size, _mm256_sign_epi8(x, q)), _mm256_set1_epi16(1));
@@ -32,7 +29,6 @@ struct Avx2 {
   template <int T>
   static void dot8(const uint8_t* w, const int8_t* const* x, int steps, Sums (&sums)[T]) {
     const __m256i flip = _mm256_set1_epi8(char(0x80));
-    for (int t = 0; t < T; ++t) sums[t].low = sums[t].high = _mm256_setzero_si256();
     for (int s = 0; s < steps; ++s, w += kStepBytes) {
       _mm_prefetch(reinterpret_cast<const char*>(w) + 2048, _MM_HINT_T0);
       const __m256i low = _mm256_xor_si256(load(w), flip), high = _mm256_xor_si256(load(w + 32), flip);
@@ -77,7 +73,6 @@ struct Avx2 {
   static void dot4(const uint8_t* w, const int8_t* const* x, int steps, Sums (&sums)[T]) {
     constexpr int kRoom = 4;  // steps of two pairs each: 8 * 2 * 15 * 127 < 2^15
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    for (int t = 0; t < T; ++t) sums[t].low = sums[t].high = _mm256_setzero_si256();
     for (int s = 0; s < steps;) {
       Sums pairs[T];
       for (int t = 0; t < T; ++t) pairs[t].low = pairs[t].high = _mm256_setzero_si256();
@@ -102,29 +97,11 @@ struct Avx2 {
       }
     }
   }
-
-  static Sums join(const Sums& high, const Sums& low) {
-    return {_mm256_add_epi32(_mm256_slli_epi32(high.low, 8), low.low),
-            _mm256_add_epi32(_mm256_slli_epi32(high.high, 8), low.high)};
-  }
-
-  static void add(const Sums& sums, int32_t correction, const uint16_t* w_scales, float x_scale, float* acc) {
-    add_half(sums.low, correction, w_scales, x_scale, acc);
-    add_half(sums.high, correction, w_scales + 8, x_scale, acc + 8);
-  }
-
-  static void add_half(__m256i sums, int32_t correction, const uint16_t* w_scales, float x_scale, float* acc) {
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w_scales));
-    const __m256 scales = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-    const __m256 sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, _mm256_set1_epi32(correction)));
-    const __m256 part = _mm256_mul_ps(sum, _mm256_mul_ps(scales, _mm256_set1_ps(x_scale)));
-    _mm256_store_ps(acc, _mm256_add_ps(_mm256_load_ps(acc), part));
-  }
 };
 
 }  // namespace
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = kernels_of<Avx2>("avx2", [] { return GATEWORK_HAS("avx2"); });
+const Kernels kAvx2 = kernels_of<Avx2>("avx2", [] { return GATEWORK_HAS("avx2") && GATEWORK_HAS("fma"); });
 
 }  // namespace gatework

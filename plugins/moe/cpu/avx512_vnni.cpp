@@ -1,5 +1,6 @@
 // AVX-512 VNNI: vpdpbusd on 512 bits, one instruction per step and token.
 #include "instructions.h"
+#include "rows256.h"
 #include "tile.h"
 
 namespace gatework {
@@ -18,9 +19,9 @@ struct Avx512Vnni {
   }
 
   template <int bits, int T>
-  static void dot(const uint8_t* w, const int8_t* const* x, int steps, Sums (&sums)[T]) {
+  static void dot(const uint8_t* w, const int8_t* const* x, int steps, const int32_t* first, Sums (&sums)[T]) {
     const __m512i nibble = _mm512_set1_epi8(15);
-    for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_si512();
+    for (int t = 0; t < T; ++t) sums[t] = _mm512_set1_epi32(first[t]);
     for (int s = 0; s < steps; ++s, w += kStepBytes) {
       _mm_prefetch(reinterpret_cast<const char*>(w) + 2048, _MM_HINT_T0);
       const __m512i codes = _mm512_loadu_si512(w);
@@ -35,12 +36,23 @@ struct Avx512Vnni {
 
   static Sums join(Sums high, Sums low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low); }
 
-  static void add(Sums sums, int32_t correction, const uint16_t* w_scales, float x_scale, float* acc) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w_scales));
-    const __m512 scales = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-    const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, _mm512_set1_epi32(correction)));
-    const __m512 part = _mm512_mul_ps(sum, _mm512_mul_ps(scales, _mm512_set1_ps(x_scale)));
-    _mm512_store_ps(acc, _mm512_add_ps(_mm512_load_ps(acc), part));
+  struct Lanes {
+    using Floats = __m512;
+    static constexpr int kColumns = 4;
+
+    static Floats all(float value) { return _mm512_set1_ps(value); }
+    static Floats load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
+    static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+    static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+    static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+    static float sum(Floats a) { return sum_of(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1))); }
+  };
+
+  static Lanes::Floats numbers(Sums sums) { return _mm512_cvtepi32_ps(sums); }
+  static Lanes::Floats scales(const uint16_t* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
 };
 

@@ -6,6 +6,8 @@
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/arm/neon.h>
 #include <simde/x86/avx512.h>
+
+#include <cmath>
 #define GATEWORK_HAS(feature) true
 #define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
 
@@ -16,11 +18,33 @@ inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
   for (int i = 0; i < 16; ++i) to.u32[i] = from.u16[i];
   return simde__m512i_from_private(to);
 }
+inline __m256 _mm512_extractf32x8_ps(__m512 a, int half) {
+  return simde__m512_to_private(a).m256[half];
+}
 inline __m512 _mm512_cvtepi32_ps(__m512i a) {
   const simde__m512i_private from = simde__m512i_to_private(a);
   simde__m512_private to;
   for (int i = 0; i < 16; ++i) to.f32[i] = float(from.i32[i]);
   return simde__m512_from_private(to);
+}
+
+// What it rounds twice.
+#undef _mm256_fmadd_ps
+#undef _mm512_fmadd_ps
+#undef vfmaq_f32
+inline __m256 _mm256_fmadd_ps(__m256 a, __m256 b, __m256 c) {
+  for (int i = 0; i < 8; ++i) c[i] = std::fma(a[i], b[i], c[i]);
+  return c;
+}
+inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+  const simde__m512_private x = simde__m512_to_private(a), y = simde__m512_to_private(b);
+  simde__m512_private sum = simde__m512_to_private(c);
+  for (int i = 0; i < 16; ++i) sum.f32[i] = std::fma(x.f32[i], y.f32[i], sum.f32[i]);
+  return simde__m512_from_private(sum);
+}
+inline float32x4_t vfmaq_f32(float32x4_t c, float32x4_t a, float32x4_t b) {
+  for (int i = 0; i < 4; ++i) c[i] = std::fma(a[i], b[i], c[i]);
+  return c;
 }
 #elif defined(GATEWORK_X86)
 #include <immintrin.h>

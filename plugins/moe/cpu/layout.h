@@ -18,13 +18,14 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "threads.h"
+
 namespace gatework {
 
 constexpr int kRows = 16;       // of a block
 constexpr int kStepBytes = 64;  // of a step
 
 constexpr int step_columns(int bits) { return 32 / bits; }
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Sizes along the contraction axis.
 struct Columns {
@@ -54,10 +55,27 @@ struct Token {
   const int32_t* sums;  // [groups], of 256 * high + low, or of codes
 };
 
+// One head of the cache.
+struct Head {
+  const float *keys, *values;  // [slots, width]
+  int width;                   // a multiple of 16
+  float softcap;               // see Attention
+};
+
+constexpr int kMaxRows = 128;  // of Queries
+
+// Rows of queries of one head: `group` for each position from `position` on.
+struct Queries {
+  const float* q;  // [rows, width], scaled
+  int rows, group;
+  int position;
+  int window;  // see Attention
+};
+
 enum class Activation { silu, gelu, gelu_tanh, relu };
 
 // The innermost loops, once per instruction set. All give the same bits: sums of integers are exact, and floating-point
-// operations happen in one order, without fused multiply-add.
+// operations happen in one order, fused multiply-add only where it is written.
 struct Kernels {
   const char* name;
   bool (*supported)();
@@ -67,6 +85,9 @@ struct Kernels {
   void (*quantize)(const Columns&, const float* x, int8_t* codes, float* scales, int32_t* sums);
   // z[i] = activation(z[i])
   void (*activate)(Activation, float* z, int count);
+  // Of the keys [begin, end), each row's largest score, the sum of all exp(score - top), and with these weights that of values
+  void (*attend)(const Head&, const Queries&, int begin, int end, float* y, float* top, float* total);
+  float (*exponential)(float);
 };
 
 // The kernels that this machine runs fastest, or those named by the environment variable GATEWORK_CPU_PATH; nullptr where

@@ -1,5 +1,5 @@
-// ONNX Runtime's side: the operators gatework::PackedMoE and gatework::PackedMatMul, version 1. ../cpu_ops.py describes their
-// inputs and attributes.
+// ONNX Runtime's side: the operators gatework::PackedMoE, PackedMatMul and CachedAttention, version 1. ../cpu_ops.py describes
+// their inputs and attributes.
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -7,6 +7,7 @@
 #include <iterator>
 #include <string>
 
+#include "attention.h"
 #include "moe.h"
 #include "ort_api.h"
 
@@ -124,9 +125,9 @@ Tensor input(const ort::KernelContext* context, size_t index) {
   return tensor;
 }
 
-float* output(ort::KernelContext* context, const std::vector<int64_t>& shape) {
+float* output(ort::KernelContext* context, const std::vector<int64_t>& shape, size_t index = 0) {
   ort::Value* value = nullptr;
-  check(api.output(context, 0, shape.data(), shape.size(), &value));
+  check(api.output(context, index, shape.data(), shape.size(), &value));
   void* data = nullptr;
   check(api.tensor_data(value, &data));
   return static_cast<float*>(data);
@@ -158,7 +159,7 @@ const Kernels& kernels() {
 struct MatMulKernel {
   static constexpr const char* kName = "PackedMatMul";
   static constexpr int kTypes[] = {ort::kFloat, ort::kUint8, ort::kBfloat16};
-  static constexpr size_t kRequiredInputs = 3;
+  static constexpr size_t kRequiredInputs = 3, kOutputs = 1;
 
   const Kernels& path = kernels();
   Columns k;
@@ -187,7 +188,7 @@ struct MoEKernel {
   static constexpr const char* kName = "PackedMoE";
   static constexpr int kTypes[] = {ort::kFloat,    ort::kFloat, ort::kUint8, ort::kBfloat16,
                                    ort::kUint8, ort::kBfloat16, ort::kFloat, ort::kFloat};
-  static constexpr size_t kRequiredInputs = 6;
+  static constexpr size_t kRequiredInputs = 6, kOutputs = 1;
 
   const Kernels& path = kernels();
   MoE moe;
@@ -224,6 +225,71 @@ struct MoEKernel {
   }
 };
 
+struct AttentionKernel {
+  static constexpr const char* kName = "CachedAttention";
+  static constexpr int kTypes[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64,
+                                   ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat};
+  static constexpr size_t kRequiredInputs = 6, kOutputs = 3;
+
+  const Kernels& path = kernels();
+  Attention attention;
+
+  explicit AttentionKernel(const Attributes& attributes) {
+    attention.heads = attributes.integer("num_heads", 1, 1 << 16);
+    attention.kv_heads = attributes.integer("kv_num_heads", 1, 1 << 16);
+    attention.scale = attributes.real("scale");
+    attention.softcap = attributes.real("softcap");
+    attention.window = attributes.integer("window", 0, 1 << 30);
+    if (attention.heads % attention.kv_heads || attention.heads / attention.kv_heads > kMaxRows)
+      throw Failure{ort::kInvalidArgument, "num_heads is not a multiple, at most 128 times, of kv_num_heads"};
+  }
+
+  void compute(ort::KernelContext* context) const {
+    const Tensor q = input(context, 0), past_k = input(context, 1), past_v = input(context, 2), starts = input(context, 3);
+    const Tensor cos = input(context, 4), sin = input(context, 5), k = input(context, 6), v = input(context, 7);
+    if (q.shape.size() != 3 || past_k.shape.size() != 4 || cos.shape.size() != 2)
+      throw Failure{ort::kInvalidArgument, "expected q [B, S, width], past_k [B, heads, slots, width] and cos [slots, half]"};
+    Attention sized = attention;
+    const int64_t B = q.shape[0], S = q.shape[1], slots = past_k.shape[2], kv_heads = attention.kv_heads;
+    const int64_t width = past_k.shape[3], half = cos.shape[1], kv_width = kv_heads * width;
+    const int64_t q_width = attention.heads * width;
+    if (width % 16 || 2 * half > width || slots > (1 << 24))
+      throw Failure{ort::kInvalidArgument, "heads are no multiple of 16 wide, or narrower than their rotation, or slots too many"};
+    sized.width = int(width);
+    sized.rotary = int(2 * half);
+    expect_count("past_k", past_k, B * kv_heads * slots * width);
+    expect_count("past_v", past_v, past_k.count());
+    expect_count("cos", cos, slots * half);
+    expect_count("sin", sin, slots * half);
+    expect_count("write_indices", starts, B);
+    for (int64_t b = 0; b < B; ++b)
+      if (starts.as<int64_t>()[b] < 0 || starts.as<int64_t>()[b] > slots - S)
+        throw Failure{ort::kInvalidArgument, "write_indices are outside the cache"};
+    Projected x{q.as<float>(), k.as<float>(), v.as<float>(), size_t(q_width), size_t(kv_width), size_t(kv_width)};
+    if (k.data) {
+      expect_count("q", q, B * S * q_width);
+      expect_count("k", k, B * S * kv_width);
+      expect_count("v", v, B * S * kv_width);
+    } else {
+      x.q_stride = x.k_stride = x.v_stride = size_t(q_width + 2 * kv_width);
+      x.k = x.q + q_width;
+      x.v = x.k + kv_width;
+      expect_count("q", q, B * S * int64_t(x.q_stride));
+    }
+    const KVCache cache{present(context, 1, past_k), present(context, 2, past_v), cos.as<float>(), sin.as<float>(), int(slots)};
+    float* y = output(context, {B, S, q_width});
+    run_attention(path, sized, x, cache, starts.as<int64_t>(), int(B), int(S), y, PoolThreads(context));
+  }
+
+ private:
+  // The updated cache, which a caller binds to the memory of the past one.
+  static float* present(ort::KernelContext* context, size_t index, const Tensor& past) {
+    float* data = output(context, past.shape, index);
+    if (data != past.data) std::memcpy(data, past.data, size_t(past.count()) * sizeof(float));
+    return data;
+  }
+};
+
 template <class Kernel>
 ort::CustomOp operator_of() {
   ort::CustomOp op{};
@@ -236,7 +302,7 @@ ort::CustomOp operator_of() {
     return index < Kernel::kRequiredInputs ? ort::kRequired : ort::kOptional;
   };
   op.output_type = [](const ort::CustomOp*, size_t) -> int { return ort::kFloat; };
-  op.output_count = [](const ort::CustomOp*) { return size_t(1); };
+  op.output_count = [](const ort::CustomOp*) { return Kernel::kOutputs; };
   op.output_characteristic = [](const ort::CustomOp*, size_t) -> int { return ort::kRequired; };
   op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };  // where the provider's tensors are
   op.start_version = op.end_version = [](const ort::CustomOp*) { return 1; };
@@ -265,12 +331,12 @@ extern "C" GATEWORK_EXPORT gatework::ort::Status* RegisterCustomOps(gatework::or
   using namespace gatework;
   api.entries = base->get_api(ort::kVersion);  // never null here: the package asks for an ONNX Runtime that has it
   return guarded([&] {
-    static const ort::CustomOp matmul = operator_of<MatMulKernel>(), moe = operator_of<MoEKernel>();
+    static const ort::CustomOp operators[] = {operator_of<MatMulKernel>(), operator_of<MoEKernel>(),
+                                              operator_of<AttentionKernel>()};
     static ort::CustomOpDomain* domain = nullptr;  // lives as long as the process, like the sessions that may refer to it
     if (!domain) {
       check(api.create_domain("gatework", &domain));
-      check(api.add_operator(domain, &matmul));
-      check(api.add_operator(domain, &moe));
+      for (const ort::CustomOp& op : operators) check(api.add_operator(domain, &op));
     }
     check(api.add_domain(options, domain));
   });

@@ -10,22 +10,21 @@ struct Workspace {
   Routing routing;
   Tokens x, h;
   std::vector<Token> sorted;  // x's rows in the order of the sorted choices
+  std::vector<int> chosen;    // experts that have a token
   std::vector<float> hidden;  // [choices, I]
   std::vector<float> served;  // [choices, D]
 };
 
-struct Task {
-  int expert, first, last;  // blocks of rows
-};
-
-// Chunks of rows of every expert that has a token.
-std::vector<Task> tasks_of(const Routing& routing, int experts, int rows) {
-  std::vector<Task> tasks;
-  const int blocks = ceil_div(rows, kRows);
-  for (int e = 0; e < experts; ++e)
-    if (routing.starts[e] < routing.starts[e + 1])
-      for (int b = 0; b < blocks; b += kChunk) tasks.push_back({e, b, std::min(b + kChunk, blocks)});
-  return tasks;
+// work(expert, first, last) for the blocks of every expert that has a token, several at a time.
+template <class Work>
+void each_expert(const Threads& threads, const std::vector<int>& chosen, int blocks, Work&& work) {
+  threads.ranges(int(chosen.size()) * blocks, kChunk, [&](int first, int last) {
+    for (int end; first < last; first = end) {
+      const int place = first / blocks, start = place * blocks;
+      end = std::min(last, start + blocks);
+      work(chosen[place], first - start, end - start);
+    }
+  });
 }
 
 // hidden = activation(gate) * up for one block of rows and a slice of tokens.
@@ -80,30 +79,25 @@ void run_moe(const Kernels& kernels, const MoE& moe, const Experts& experts, con
   work.x.quantize(kernels, moe.in, x, tokens, threads);
   work.sorted.resize(choices);
   for (size_t i = 0; i < choices; ++i) work.sorted[i] = work.x[routing.tokens[i]];
+  work.chosen.clear();
+  for (int e = 0; e < E; ++e)
+    if (routing.starts[e] < routing.starts[e + 1]) work.chosen.push_back(e);
   work.hidden.resize(choices * I);
-  const std::vector<Task> in = tasks_of(routing, E, I);
-  threads.each(in.size(), [&](size_t i) {
-    const Task& task = in[i];
-    for (int t = routing.starts[task.expert]; t < routing.starts[task.expert + 1]; t += kSlice) {
-      const int slice = std::min(kSlice, routing.starts[task.expert + 1] - t);
-      for (int b = task.first; b < task.last; ++b)
-        expert_in(kernels, moe, experts, task.expert, b, work.sorted.data() + t, slice, work.hidden.data() + size_t(t) * I);
-    }
+  each_expert(threads, work.chosen, ceil_div(I, kRows), [&](int e, int first, int last) {
+    sliced(first, last, routing.starts[e], routing.starts[e + 1], [&](int t, int slice, int b) {
+      expert_in(kernels, moe, experts, e, b, work.sorted.data() + t, slice, work.hidden.data() + size_t(t) * I);
+    });
   });
 
   work.h.quantize(kernels, moe.out, work.hidden.data(), choices, threads);
   work.served.resize(choices * D);
-  const std::vector<Task> out = tasks_of(routing, E, D);
   const int blocks = ceil_div(D, kRows);
-  threads.each(out.size(), [&](size_t i) {
-    const Task& task = out[i];
-    const Matrix w_out{experts.w_out.codes + size_t(task.expert) * blocks * moe.out.block_bytes(),
-                       experts.w_out.scales + size_t(task.expert) * blocks * moe.out.block_scales()};
-    for (int t = routing.starts[task.expert]; t < routing.starts[task.expert + 1]; t += kSlice) {
-      const int slice = std::min(kSlice, routing.starts[task.expert + 1] - t);
-      for (int b = task.first; b < task.last; ++b)
-        multiply_block(kernels, moe.out, w_out, b, D, work.h.data() + t, slice, work.served.data() + size_t(t) * D, D);
-    }
+  each_expert(threads, work.chosen, blocks, [&](int e, int first, int last) {
+    const Matrix w_out{experts.w_out.codes + size_t(e) * blocks * moe.out.block_bytes(),
+                       experts.w_out.scales + size_t(e) * blocks * moe.out.block_scales()};
+    sliced(first, last, routing.starts[e], routing.starts[e + 1], [&](int t, int slice, int b) {
+      multiply_block(kernels, moe.out, w_out, b, D, work.h.data() + t, slice, work.served.data() + size_t(t) * D, D);
+    });
   });
 
   const auto combine_row = [&](size_t t) { combine(moe, experts, work, int(t), y + t * D); };

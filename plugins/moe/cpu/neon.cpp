@@ -26,9 +26,9 @@ struct Neon {
   }
 
   template <int bits, int T>
-  static void dot(const uint8_t* w, const int8_t* const* x, int steps, Sums (&sums)[T]) {
+  static void dot(const uint8_t* w, const int8_t* const* x, int steps, const int32_t* first, Sums (&sums)[T]) {
     for (int t = 0; t < T; ++t)
-      for (int i = 0; i < 4; ++i) sums[t].quarter[i] = vdupq_n_s32(0);
+      for (int i = 0; i < 4; ++i) sums[t].quarter[i] = vdupq_n_s32(first[t]);
     for (int s = 0; s < steps; ++s, w += kStepBytes) {
       __builtin_prefetch(w + 1024);
       int8x16_t first[4], second[4];
@@ -52,13 +52,52 @@ struct Neon {
     return joined;
   }
 
-  static void add(const Sums& sums, int32_t correction, const uint16_t* w_scales, float x_scale, float* acc) {
-    for (int i = 0; i < 4; ++i) {
-      const float32x4_t scales = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(w_scales + 4 * i), 16));
-      const float32x4_t sum = vcvtq_f32_s32(vsubq_s32(sums.quarter[i], vdupq_n_s32(correction)));
-      const float32x4_t part = vmulq_f32(sum, vmulq_f32(scales, vdupq_n_f32(x_scale)));
-      vst1q_f32(acc + 4 * i, vaddq_f32(vld1q_f32(acc + 4 * i), part));
+  struct Lanes {
+    struct Floats {
+      float32x4_t quarter[4];
+    };
+    static constexpr int kColumns = 1;
+
+    static Floats all(float value) {
+      const float32x4_t four = vdupq_n_f32(value);
+      return {{four, four, four, four}};
     }
+    static Floats load(const float* p) { return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
+    static void store(float* p, const Floats& a) {
+      for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, a.quarter[i]);
+    }
+    static Floats add(const Floats& a, const Floats& b) {
+      Floats sums;
+      for (int i = 0; i < 4; ++i) sums.quarter[i] = vaddq_f32(a.quarter[i], b.quarter[i]);
+      return sums;
+    }
+    static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
+      Floats sums;
+      for (int i = 0; i < 4; ++i) sums.quarter[i] = vfmaq_f32(c.quarter[i], a.quarter[i], b.quarter[i]);
+      return sums;
+    }
+    static Floats mul(const Floats& a, const Floats& b) {
+      Floats products;
+      for (int i = 0; i < 4; ++i) products.quarter[i] = vmulq_f32(a.quarter[i], b.quarter[i]);
+      return products;
+    }
+    static float sum(const Floats& a) {
+      const float32x4_t four =
+          vaddq_f32(vaddq_f32(a.quarter[0], a.quarter[2]), vaddq_f32(a.quarter[1], a.quarter[3]));
+      const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+      return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+    }
+  };
+
+  static Lanes::Floats numbers(const Sums& sums) {
+    Lanes::Floats numbers;
+    for (int i = 0; i < 4; ++i) numbers.quarter[i] = vcvtq_f32_s32(sums.quarter[i]);
+    return numbers;
+  }
+  static Lanes::Floats scales(const uint16_t* p) {
+    Lanes::Floats scales;
+    for (int i = 0; i < 4; ++i) scales.quarter[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16));
+    return scales;
   }
 };
 

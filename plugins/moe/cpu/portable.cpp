@@ -13,9 +13,9 @@ struct Portable {
   static constexpr int offset(int) { return 0; }
 
   template <int bits, int T>
-  static void dot(const uint8_t* w, const int8_t* const* x, int steps, Sums (&sums)[T]) {
+  static void dot(const uint8_t* w, const int8_t* const* x, int steps, const int32_t* first, Sums (&sums)[T]) {
     for (int t = 0; t < T; ++t) {
-      sums[t] = {};
+      for (int32_t& row : sums[t].row) row = first[t];
       for (int s = 0; s < steps; ++s)
         for (int r = 0; r < kRows; ++r)
           for (int i = 0; i < 4; ++i) {
@@ -35,8 +35,54 @@ struct Portable {
     return joined;
   }
 
-  static void add(const Sums& sums, int32_t, const uint16_t* w_scales, float x_scale, float* acc) {
-    for (int r = 0; r < kRows; ++r) acc[r] += float(sums.row[r]) * (from_bfloat16(w_scales[r]) * x_scale);
+  struct Lanes {
+    struct Floats {
+      float lane[16];
+    };
+    static constexpr int kColumns = 1;
+
+    static Floats all(float value) {
+      Floats floats;
+      for (float& lane : floats.lane) lane = value;
+      return floats;
+    }
+    static Floats load(const float* p) {
+      Floats floats;
+      std::memcpy(floats.lane, p, sizeof floats.lane);
+      return floats;
+    }
+    static void store(float* p, const Floats& a) { std::memcpy(p, a.lane, sizeof a.lane); }
+    static Floats add(const Floats& a, const Floats& b) {
+      Floats sums;
+      for (int i = 0; i < 16; ++i) sums.lane[i] = a.lane[i] + b.lane[i];
+      return sums;
+    }
+    static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
+      Floats sums;
+      for (int i = 0; i < 16; ++i) sums.lane[i] = std::fma(a.lane[i], b.lane[i], c.lane[i]);
+      return sums;
+    }
+    static Floats mul(const Floats& a, const Floats& b) {
+      Floats products;
+      for (int i = 0; i < 16; ++i) products.lane[i] = a.lane[i] * b.lane[i];
+      return products;
+    }
+    static float sum(Floats a) {
+      for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) a.lane[i] += a.lane[i + half];
+      return a.lane[0];
+    }
+  };
+
+  static Lanes::Floats numbers(const Sums& sums) {
+    Lanes::Floats numbers;
+    for (int r = 0; r < kRows; ++r) numbers.lane[r] = float(sums.row[r]);
+    return numbers;
+  }
+  static Lanes::Floats scales(const uint16_t* p) {
+    Lanes::Floats scales;
+    for (int r = 0; r < kRows; ++r) scales.lane[r] = from_bfloat16(p[r]);
+    return scales;
   }
 };
 

@@ -40,14 +40,10 @@ void multiply_block(const Kernels& kernels, const Columns& k, const Matrix& matr
 
 void multiply(const Kernels& kernels, const Columns& k, const Matrix& matrix, int rows, const Tokens& x, int tokens,
               float* y, const Threads& threads) {
-  const int blocks = ceil_div(rows, kRows);
-  threads.each(ceil_div(blocks, kChunk), [&](size_t task) {
-    const int first = int(task) * kChunk, last = std::min(first + kChunk, blocks);
-    for (int t = 0; t < tokens; t += kSlice) {
-      const int slice = std::min(kSlice, tokens - t);
-      for (int b = first; b < last; ++b)
-        multiply_block(kernels, k, matrix, b, rows, x.data() + t, slice, y + size_t(t) * rows, rows);
-    }
+  threads.ranges(ceil_div(rows, kRows), kChunk, [&](int first, int last) {
+    sliced(first, last, 0, tokens, [&](int t, int slice, int b) {
+      multiply_block(kernels, k, matrix, b, rows, x.data() + t, slice, y + size_t(t) * rows, rows);
+    });
   });
 }
 

@@ -1,6 +1,7 @@
 // Quantised products of a matrix with many tokens.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "layout.h"
@@ -8,7 +9,7 @@
 
 namespace gatework {
 
-constexpr int kChunk = 4;     // blocks of a task: 64 rows
+constexpr int kChunk = 4;     // blocks that many tokens are multiplied with before the next ones are read
 constexpr size_t kFew = 4;    // rows whose work is not worth waking a thread
 constexpr int kSlice = 64;    // tokens worked on at once, whose activations stay in a core's own cache
 
@@ -40,6 +41,14 @@ struct Matrix {
 // Rows [16 * block, 16 * block + 16) of y [tokens, stride], of which only those below `rows` exist.
 void multiply_block(const Kernels&, const Columns&, const Matrix&, int block, int rows, const Token*, int tokens, float* y,
                     size_t stride);
+
+// work(t, slice, b) for all blocks [first, last) and slices of the tokens [begin, end)
+template <class Work>
+void sliced(int first, int last, int begin, int end, Work&& work) {
+  for (; first < last; first += kChunk)
+    for (int t = begin; t < end; t += kSlice)
+      for (int b = first; b < std::min(first + kChunk, last); ++b) work(t, std::min(kSlice, end - t), b);
+}
 
 // y [tokens, rows] = x W^T
 void multiply(const Kernels&, const Columns&, const Matrix&, int rows, const Tokens&, int tokens, float* y, const Threads&);

@@ -1,10 +1,14 @@
 // Work shared out over a pool of threads.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
+#include <thread>
 
 namespace gatework {
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Runs fn(data, i) for i in 0..count-1 on some threads and waits for them.
 class Threads {
@@ -30,6 +34,22 @@ class Threads {
           for (size_t i; (i = queue.next.fetch_add(1, std::memory_order_relaxed)) < queue.tasks;) queue.task(i);
         },
         tasks, &queue);
+  }
+
+  // task(first, last) for ranges that make up 0..count. They begin large, since memory is read fastest from end to end, and
+  // get smaller, down to `least`, so that threads that do not run equally fast end together.
+  template <class Task>
+  void ranges(int count, int least, Task&& task) const {
+    static const int cpus = std::max(1, int(std::thread::hardware_concurrency()));
+    std::atomic<int> next{0};
+    each(std::min(ceil_div(count, least), cpus), [&](size_t) {
+      for (int first = next.load(); first < count;) {
+        const int last = std::min(count, first + std::max(least, (count - first) / (2 * cpus) / least * least));
+        if (!next.compare_exchange_weak(first, last)) continue;
+        task(first, last);
+        first = next.load();
+      }
+    });
   }
 
  protected:

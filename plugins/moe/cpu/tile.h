@@ -5,11 +5,13 @@
 //   Sums                     16 int32, one per row of a block
 //   kTile                    tokens that fit its registers
 //   offset(bits)             what it adds to the weights' q when it multiplies
-//   dot<bits, T>(w, x, steps, sums)   sums[t] = sum over the steps of (q + offset) * x[t], for T tokens at once
+//   dot<bits, T>(w, x, steps, first, sums)   sums[t] = first[t] + sum of (q + offset) * x[t] over the steps, for T tokens
 //   kWords                   whether `wide` activations for 8-bit weights are kept as 16-bit words instead of two codes, those of
 //                            columns 0 2 1 3 of each step, and multiplied by words<T>(w, x, steps, sums)
 //   join(high, low)          256 * high + low
-//   add(sums, correction, w_scales, x_scale, acc)   acc[r] += (sums[r] - correction) * (w_scales[r] * x_scale)
+//   numbers(sums)            as Lanes::Floats
+//   scales(p)                16 bfloat16 as Lanes::Floats
+//   Lanes                    arithmetic on 16 floats, see attend.h
 #pragma once
 
 #include <cmath>
@@ -42,29 +44,34 @@ inline int32_t four_codes(const int8_t* x) {
 
 template <class Isa, int bits, int streams, int T>
 inline void tile(const Columns& k, const Block& block, const Token* x, float* y, size_t stride) {
-  alignas(64) float acc[T][kRows] = {};
+  using Lanes = typename Isa::Lanes;
+  typename Lanes::Floats acc[T];
+  for (int t = 0; t < T; ++t) acc[t] = Lanes::all(0.0f);
   const uint8_t* w = block.codes;
   const int groups = k.groups(), steps = k.group / step_columns(bits), padded = k.padded();
   for (int g = 0; g < groups; ++g) {
-    const int8_t* codes[T * streams];
-    for (int t = 0; t < T; ++t)
-      for (int s = 0; s < streams; ++s) codes[t * streams + s] = x[t].codes + size_t(s) * padded + size_t(g) * k.group;
     typename Isa::Sums sums[T * streams];
     if constexpr (streams == 2 && bits == 8 && Isa::kWords) {
       const int16_t* words[T];
       for (int t = 0; t < T; ++t) words[t] = reinterpret_cast<const int16_t*>(x[t].codes) + size_t(g) * k.group;
       Isa::template words<T>(w, words, steps, sums);
     } else {
-      Isa::template dot<bits, T * streams>(w, codes, steps, sums);
+      const int8_t* codes[T * streams];
+      int32_t first[T * streams] = {};
+      for (int t = 0; t < T; ++t) {
+        for (int s = 0; s < streams; ++s) codes[t * streams + s] = x[t].codes + size_t(s) * padded + size_t(g) * k.group;
+        first[t * streams + streams - 1] = -Isa::offset(bits) * x[t].sums[g];
+      }
+      Isa::template dot<bits, T * streams>(w, codes, steps, first, sums);
       if constexpr (streams == 2)
         for (int t = 0; t < T; ++t) sums[t] = Isa::join(sums[2 * t], sums[2 * t + 1]);
     }
-    for (int t = 0; t < T; ++t) {
-      Isa::add(sums[t], Isa::offset(bits) * x[t].sums[g], block.scales + size_t(g) * kRows, x[t].scales[g], acc[t]);
-    }
+    const typename Lanes::Floats scales = Isa::scales(block.scales + size_t(g) * kRows);
+    for (int t = 0; t < T; ++t)
+      acc[t] = Lanes::fma(Isa::numbers(sums[t]), Lanes::mul(scales, Lanes::all(x[t].scales[g])), acc[t]);
     w += size_t(steps) * kStepBytes;
   }
-  for (int t = 0; t < T; ++t) std::memcpy(y + t * stride, acc[t], sizeof acc[t]);
+  for (int t = 0; t < T; ++t) Lanes::store(y + t * stride, acc[t]);
 }
 
 template <class Isa, int bits, int streams, int T>
@@ -196,9 +203,17 @@ void activate(Activation activation, float* z, int count) {
   }
 }
 
+}  // namespace
+}  // namespace gatework
+
+#include "attend.h"
+
+namespace gatework {
+namespace {
+
 template <class Isa>
 constexpr Kernels kernels_of(const char* name, bool (*supported)()) {
-  return {name, supported, product<Isa>, quantize<Isa>, activate<Isa>};
+  return {name, supported, product<Isa>, quantize<Isa>, activate<Isa>, attend<typename Isa::Lanes>, exponential};
 }
 
 }  // namespace

@@ -1,0 +1,60 @@
+// The 16 rows of a block, and 16 floats, in two registers of 256 bits.
+#pragma once
+
+#include <cstdint>
+
+#include "instructions.h"
+
+namespace gatework {
+namespace {
+
+// Halves are added until one is left.
+inline float sum_of(__m256 a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+struct Lanes256 {
+  struct Floats {
+    __m256 low, high;
+  };
+  static constexpr int kColumns = 1;
+
+  static Floats all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+  static Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void store(float* p, const Floats& a) {
+    _mm256_storeu_ps(p, a.low);
+    _mm256_storeu_ps(p + 8, a.high);
+  }
+  static Floats add(const Floats& a, const Floats& b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+  static Floats mul(const Floats& a, const Floats& b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+  static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+  }
+  static float sum(const Floats& a) { return sum_of(_mm256_add_ps(a.low, a.high)); }
+};
+
+struct Rows256 {
+  using Lanes = Lanes256;
+  struct Sums {
+    __m256i low, high;  // rows 0-7, rows 8-15
+  };
+
+  static __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static Sums join(const Sums& high, const Sums& low) {
+    return {_mm256_add_epi32(_mm256_slli_epi32(high.low, 8), low.low),
+            _mm256_add_epi32(_mm256_slli_epi32(high.high, 8), low.high)};
+  }
+  static Lanes::Floats numbers(const Sums& sums) { return {_mm256_cvtepi32_ps(sums.low), _mm256_cvtepi32_ps(sums.high)}; }
+  static Lanes::Floats scales(const uint16_t* p) { return {half(p), half(p + 8)}; }
+
+ private:
+  static __m256 half(const uint16_t* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+};
+
+}  // namespace
+}  // namespace gatework
