@@ -4,7 +4,7 @@
 
 ONNX Runtime times its operators, which costs each about a microsecond; the rest of a step is measured from outside: `session`
 is what running the graph takes beyond its operators, `python` what the backend takes beyond the session, `sampling` a greedy
-choice. Microseconds per token, means over the steps. Ends with one line of JSON.
+choice. Microseconds per step, means over the steps. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ def main() -> None:
     parser.add_argument("engine", type=Path)
     parser.add_argument("--context", type=int, default=512, help="positions in the cache before the first step")
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=1, help="sequences that advance together")
     args = parser.parse_args()
     engine = Engine.open(args.engine)
     with tempfile.TemporaryDirectory() as folder:
-        backend = OrtBackend(engine, max_batch=1, profile=Path(folder) / "profile")
-        walls, choices = _decode(backend, engine, args.context, args.steps)
+        backend = OrtBackend(engine, max_batch=args.batch, profile=Path(folder) / "profile")
+        walls, choices = _decode(backend, engine, args.context, args.steps, args.batch)
         events = json.loads(Path(backend.session.end_profiling()).read_text())
     microseconds = _by_operator(events, args.steps)
     operators = sum(microseconds.values())
@@ -45,26 +46,30 @@ def main() -> None:
     total = sum(microseconds.values())
     for name, value in sorted(microseconds.items(), key=lambda item: -item[1]):
         print(f"{name:34} {value:9.1f} us {100 * value / total:5.1f} %")
-    print(f"{'a token':34} {total:9.1f} us; {engine.weight_bytes['per_token'] / total / 1e3:.1f} GB/s of weights")
+    print(f"{'a step':34} {total:9.1f} us")
     print(
         json.dumps({"engine": str(args.engine), "us": {name: round(value, 1) for name, value in microseconds.items()}})
     )
 
 
-def _decode(backend: OrtBackend, engine: Engine, context: int, steps: int) -> tuple[list[float], list[float]]:
+def _decode(
+    backend: OrtBackend, engine: Engine, context: int, steps: int, batch: int
+) -> tuple[list[float], list[float]]:
     """Seconds of each step, and of choosing the next token."""
     rng = np.random.default_rng(0)
     chunk = engine.limits.prefill_chunk
-    for start in range(0, context, chunk):
-        size = min(chunk, context - start)
-        logits = backend.prefill(0, rng.integers(0, engine.model["vocab_size"], size).tolist(), start)
+    tokens = []
+    for slot in range(batch):
+        for start in range(0, context, chunk):
+            size = min(chunk, context - start)
+            logits = backend.prefill(slot, rng.integers(0, engine.model["vocab_size"], size).tolist(), start)
+        tokens.append(int(logits.argmax()))
     walls, choices = [], []
-    token = int(logits.argmax())
     for position in range(context, context + WARM_UP + steps):
         start_time = time.perf_counter()
-        logits = backend.decode([token], [position])[0]
+        logits = backend.decode(tokens, [position] * batch)
         ran = time.perf_counter()
-        token = int(logits.argmax())
+        tokens = logits.argmax(-1).tolist()
         walls.append(ran - start_time)
         choices.append(time.perf_counter() - ran)
     return walls[WARM_UP:], choices[WARM_UP:]

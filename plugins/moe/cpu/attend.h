@@ -16,6 +16,7 @@ namespace {
 constexpr int kKeys = 64;    // looked at together
 constexpr int kDepth = 64;   // elements of a head that are multiplied at a time
 constexpr int kRowTile = 6;  // rows whose sums stay in registers
+constexpr int kAhead = 16;   // keys
 constexpr int kDirect = 8;   // so many rows repay turning the keys round
 
 // c [R, 16 * F] += a [R, depth] * b [depth, 16 * F]
@@ -61,7 +62,11 @@ inline void add_products(const float* a, size_t a_stride, int rows, int depth, c
 template <class Lanes>
 inline void scores_by_key(const Head& head, const Queries& queries, int begin, int keys, float (*scores)[kKeys]) {
   for (int j = 0; j < keys; ++j) {
-    const float* key = head.keys + size_t(begin + j) * head.width;
+    const float *key = head.keys + size_t(begin + j) * head.width, *value = head.values + size_t(begin + j) * head.width;
+    for (int d = 0; d < head.width; d += 16) {  // the next keys, and what is read when this chunk's are done
+      __builtin_prefetch(key + kAhead * head.width + d);
+      __builtin_prefetch(value + d);
+    }
     for (int r = 0; r < queries.rows; ++r) {
       const float* q = queries.q + size_t(r) * head.width;
       typename Lanes::Floats sums = Lanes::all(0.0f);

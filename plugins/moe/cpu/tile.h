@@ -74,12 +74,21 @@ inline void tile(const Columns& k, const Block& block, const Token* x, float* y,
   for (int t = 0; t < T; ++t) Lanes::store(y + t * stride, acc[t]);
 }
 
+// The last tokens, fewer than T, in one tile: each more would read the weights again.
+template <class Isa, int bits, int streams, int T>
+inline void rest(const Columns& k, const Block& block, const Token* x, int tokens, float* y, size_t stride) {
+  if constexpr (T > 1) {
+    if (tokens == T - 1)
+      tile<Isa, bits, streams, T - 1>(k, block, x, y, stride);
+    else
+      rest<Isa, bits, streams, T - 1>(k, block, x, tokens, y, stride);
+  }
+}
+
 template <class Isa, int bits, int streams, int T>
 inline void tiles(const Columns& k, const Block& block, const Token* x, int tokens, float* y, size_t stride) {
   for (; tokens >= T; tokens -= T, x += T, y += T * stride) tile<Isa, bits, streams, T>(k, block, x, y, stride);
-  if constexpr (T > 1) {
-    if (tokens > 0) tiles<Isa, bits, streams, T / 2>(k, block, x, tokens, y, stride);
-  }
+  rest<Isa, bits, streams, T>(k, block, x, tokens, y, stride);
 }
 
 template <class Isa, int bits>
