@@ -37,6 +37,7 @@ TABLE: dict[str, tuple[str, dict[str, Any]]] = {  # model -> (model_type, sizes)
     "qwen3": ("qwen3", BASE | {"head_dim": 32, "norm_eps": 1e-6, "tie_embeddings": True}),
     "qwen3_moe": ("qwen3_moe", BASE | MOE | {"head_dim": 32, "norm_eps": 1e-6, "renormalize": True}),
     "olmoe": ("olmoe", BASE | MOE | {"renormalize": False, "qkv_clip": 2.0}),
+    "phi": ("phi", BASE | {"hidden_size": 128, "num_kv_heads": 4, "rope_dim": 16}),  # of 32
 }
 
 # Odd sizes that the issue asks for, one table for every test that sweeps them.
@@ -79,6 +80,10 @@ def hf_config(model: str, **overrides: Any) -> transformers.PreTrainedConfig:
     if model_type == "olmoe" and "head_dim" in sizes:
         sizes["hidden_size"] = sizes.pop("head_dim") * sizes["num_heads"]
     tokens = {"eos_token_id": None} if model_type == "olmoe" else {}  # its default is beyond these vocabularies
+    if model_type == "phi":
+        sizes["layer_norm_eps"] = sizes.pop("norm_eps")
+        width = sizes.get("head_dim", sizes["hidden_size"] // sizes["num_heads"])
+        sizes["partial_rotary_factor"] = sizes.pop("rope_dim") / width
     theta = sizes.pop("rope_theta")
     fields = tokens | {HF_NAMES.get(name, name): value for name, value in sizes.items()}
     rope = {"rope_type": "default", "rope_theta": theta}
@@ -123,7 +128,7 @@ def random_model(config: transformers.PreTrainedConfig, seed: int) -> transforme
         )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "norm" in name and parameter.dim() == 1:
+                if "norm" in name and parameter.dim() == 1 and not name.endswith("bias"):
                     parameter.normal_(1.0, 0.1)
                 else:
                     parameter.normal_(0.0, 0.15)

@@ -33,6 +33,9 @@ LINEARS = {
     "mlp.gate_proj": ("mlp.w_in",),
     "mlp.up_proj": ("mlp.w_in",),
     "mlp.down_proj": ("mlp.w_out",),
+    "self_attn.dense": ("attn.o.weight",),
+    "mlp.fc1": ("mlp.w_in",),
+    "mlp.fc2": ("mlp.w_out",),
 }
 NORMS = {"attn.q.weight": "attn_norm", "attn.k.weight": "attn_norm", "attn.v.weight": "attn_norm"}
 NORMS |= {"mlp.w_in": "ffn_norm"}  # whose output a product reads
@@ -151,7 +154,10 @@ class FakeQuantised:
     def _factors(self, name: str) -> Tensor | None:
         """What divides the input of a product, and multiplies the columns of its weight."""
         match = re.fullmatch(r"(layers\.\d+\.)(.*)", name)
-        norm = f"{match[1]}{NORMS.get(match[2])}.weight" if match else "norm.weight"
+        norm = NORMS.get(match[2]) if match else None
+        if norm == "ffn_norm" and self.model.config.model_type == "phi":
+            norm = "attn_norm"  # attention and MLP read one norm
+        norm = f"{match[1]}{norm}.weight" if match else "norm.weight"
         found: Any = self.calibration.smooth.get(norm) if self.calibration is not None else None
         return None if found is None else torch.tensor(found)
 

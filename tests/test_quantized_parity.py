@@ -37,6 +37,7 @@ CASES = [
         ("dbrx", {}),
         ("qwen3_moe", {}),
         ("olmoe", {}),
+        ("phi", {}),
     ]
 ]
 

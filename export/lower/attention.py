@@ -2,8 +2,8 @@
 
 Pre: RotaryEmbedding / TensorScatter / Attention as the decoder traces them. Where q and k are normalised, the one product is
 split again, and the operator takes three inputs.
-Post: no Attention, TensorScatter or mask is left, unless head_dim is not a multiple of 16, which the kernel demands; such
-a model keeps the standard operators.
+Post: no Attention, TensorScatter or mask is left, unless a head's width, or its part that rotates, is not a multiple of 16,
+which the kernel demands; such a model keeps the standard operators.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from gatework.export.config import ModelConfig
 from gatework.export.lower.graph import MS, Builder, linear_weight, producer, replace
-from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
+from gatework.export.packing import Pack, TensorSpec, add_packed, is_weight, pack_of, static_shape
 
 _QUERY_SEQLENS = 16  # input index of GroupQueryAttention
 
@@ -28,7 +28,7 @@ class _Lengths(NamedTuple):
 
 def to_group_query_attention(model: ir.Model, config: ModelConfig, *, query_lengths: bool) -> tuple[ir.Model, bool]:
     """Rewrite every attention layer; `query_lengths` gives the operator its optional input of that meaning."""
-    if config.head_dim % 16:
+    if config.head_dim % 16 or config.rotary_dim % 16:
         return model, False
     attentions = [node for node in model.graph if node.op_type == "Attention"]
     lengths = _lengths(model.graph, query_lengths)
@@ -108,7 +108,7 @@ def _split_projection(
     widths = np.array([static_shape(_weight(matmul))[0] for matmul in matmuls], np.int64)
     parts = first.op("Split", packed, first.constant(widths), axis=-1, outputs=3)
     for matmul, part in zip(matmuls, parts, strict=True):
-        replace(matmul.outputs[0], part)
+        replace(matmul.outputs[0] if _bias(matmul) is None else _only_user(matmul).outputs[0], part)
     return [_with_heads_side_by_side(build, value) for value in heads]
 
 
@@ -124,22 +124,14 @@ def _with_heads_side_by_side(build: Builder, value: ir.Value | None) -> ir.Value
 
 
 def _packed_projection(graph: ir.Graph, build: Builder, heads: list[ir.Value | None], clip: float | None) -> ir.Value:
-    """One product x [Wq; Wk; Wv]^T, clipped like the three that it replaces: [B, S, (H + 2 Hkv) * Dh]."""
+    """One product x [Wq; Wk; Wv]^T, with the bias and clip of the three that it replaces: [B, S, (H + 2 Hkv) * Dh]."""
     matmuls = [_projection(value) for value in heads]
-    weights = [_weight(matmul) for matmul in matmuls]
-    shapes = [static_shape(weight) for weight in weights]
-    specs = [pack_of(weight) for weight in weights]
-    spec = specs[0].outputs[0]
-    name = spec.name.replace(".q.", ".qkv.")
-    rows = sum(shape[0] for shape in shapes)
-    pack = Pack(
-        tuple(source for pack in specs for source in pack.sources),
-        (TensorSpec(name, spec.dtype, (rows, shapes[0][1])),),
-        specs[0].encode,
-    )
-    (packed,) = add_packed(graph, pack)
+    packed = _stacked(graph, [_weight(matmul) for matmul in matmuls])
     (transposed,) = build.op("Transpose", packed, perm=[1, 0])
     (qkv,) = build.op("MatMul", matmuls[0].inputs[0], transposed)
+    biases = [bias for matmul in matmuls if (bias := _bias(matmul)) is not None]
+    if biases:
+        (qkv,) = build.op("Add", qkv, _stacked(graph, biases))
     if clip is not None:
         assert packed.dtype is not None
         qkv.dtype = packed.dtype
@@ -148,9 +140,31 @@ def _packed_projection(graph: ir.Graph, build: Builder, heads: list[ir.Value | N
     return qkv
 
 
+def _stacked(graph: ir.Graph, parts: list[ir.Value]) -> ir.Value:
+    """The weights or biases of q, k and v, one below the other."""
+    packs = [pack_of(part) for part in parts]
+    spec, shapes = packs[0].outputs[0], [static_shape(part) for part in parts]
+    shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
+    sources = tuple(source for pack in packs for source in pack.sources)
+    name = spec.name.replace(".q.", ".qkv.")
+    (stacked,) = add_packed(graph, Pack(sources, (TensorSpec(name, spec.dtype, shape),), packs[0].encode))
+    return stacked
+
+
+def _bias(matmul: ir.Node) -> ir.Value | None:
+    """What is added to a product of its own."""
+    user = _only_user(matmul)
+    return next((value for value in user.inputs if user.op_type == "Add" and is_weight(value)), None)
+
+
+def _only_user(node: ir.Node) -> ir.Node:
+    (user,) = node.outputs[0].consumers()
+    return user
+
+
 def _projection(value: ir.Value | None) -> ir.Node:
-    """The MatMul behind Transpose, Reshape and, where the model normalises or clips, RMSNormalization or Clip."""
-    while (node := producer(value, "Transpose", "Reshape", "RMSNormalization", "Clip")) is not None:
+    """The MatMul behind Transpose, Reshape and, where the model adds a bias, normalises or clips, what does that."""
+    while (node := producer(value, "Transpose", "Reshape", "RMSNormalization", "Clip", "Add")) is not None:
         value = node.inputs[0]
     matmul = producer(value, "MatMul")
     assert matmul is not None

@@ -115,6 +115,31 @@ OLMOE = llama(2048, 16, 16, 1024, num_key_value_heads=16, torch_dtype="bfloat16"
     "rope_theta": 10000.0,
 }
 
+PHI = {
+    "architectures": ["PhiForCausalLM"],
+    "model_type": "phi",
+    "attention_dropout": 0.0,
+    "bos_token_id": None,
+    "embd_pdrop": 0.0,
+    "eos_token_id": None,
+    "hidden_act": "gelu_new",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": None,
+    "partial_rotary_factor": 0.5,
+    "qk_layernorm": False,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vocab_size": 51200,
+}
+PHI_2 = PHI | {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "partial_rotary_factor": 0.4}
+
 # name -> config, parameters, active parameters, bytes of keys and values per token in fp16
 PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "llama-7b": (llama(4096, 32, 32, 11008, rms_norm_eps=1e-6), 6_738_415_616, 6_738_415_616, 524_288),
@@ -136,6 +161,8 @@ PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "qwen3-30b-a3b": (QWEN3_MOE, 30_532_122_624, 3_353_032_704, 98_304),
     "qwen3-235b-a22b": (QWEN3_235B, 235_093_634_560, 22_190_763_520, 192_512),
     "olmoe-1b-7b": (OLMOE, 6_919_161_856, 1_282_017_280, 131_072),
+    "phi-1.5": (PHI, 1_418_270_720, 1_418_270_720, 196_608),
+    "phi-2": (PHI_2, 2_779_683_840, 2_779_683_840, 327_680),
 }
 
 # The params.json of Mixtral's first release, as it was passed around, to the letter.
@@ -197,6 +224,7 @@ SILENT: dict[str, Raw] = {
     "qwen3 window unused": QWEN3 | {"sliding_window": 4096},
     "qwen3_moe": without(QWEN3_MOE, "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
     "qwen3_moe heads": without(QWEN3_MOE, "head_dim", "sliding_window", "use_sliding_window"),
+    "phi": without(PHI, "layer_norm_eps", "rope_theta", "max_position_embeddings", "partial_rotary_factor"),
     "olmoe": without(OLMOE, "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
 }
 
@@ -208,7 +236,8 @@ def test_silent_fields_mean_what_transformers_takes_them_for(name: str) -> None:
     theirs = transformers.AutoConfig.for_model(**raw)
     assert config.num_kv_heads == theirs.num_key_value_heads
     assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
-    assert config.norm_eps == theirs.rms_norm_eps
+    assert config.norm_eps == (theirs.layer_norm_eps if config.norm == "layer" else theirs.rms_norm_eps)
+    assert config.rotary_dim == config.head_dim * theirs.rope_parameters.get("partial_rotary_factor", 1)
     assert config.rope_theta == theirs.rope_parameters["rope_theta"]
     assert config.sliding_window == getattr(theirs, "sliding_window", None)
     assert config.max_position_embeddings == theirs.max_position_embeddings
@@ -272,6 +301,16 @@ def test_dbrx() -> None:
     assert (config.num_kv_heads, config.head_dim, config.max_position_embeddings) == (8, 128, 32768)
     assert config.moe is not None
     assert config.moe.renormalize
+
+
+@pytest.mark.parametrize("raw", [PHI, PHI_2], ids=["phi-1.5", "phi-2"])
+def test_phi(raw: Raw) -> None:
+    config = read(raw)
+    assert (config.rope_dim, config.norm, config.bias, config.parallel) == (32, "layer", "all", True)
+    assert (config.activation, config.glu, config.num_kv_heads) == ("gelu_tanh", "none", 32)
+    newer = without(raw, "rope_theta", "partial_rotary_factor")
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": raw["partial_rotary_factor"]}
+    assert read(newer | {"rope_parameters": rope}) == config
 
 
 @pytest.mark.parametrize(("value", "renormalize"), [(1, True), (1.0, True), (None, False)])
@@ -338,6 +377,13 @@ UNSUPPORTED: dict[str, tuple[Raw, str]] = {
     "olmoe window": (OLMOE | {"sliding_window": 4096}, "sliding_window"),
     "olmoe heads": (OLMOE | {"head_dim": 64}, "head_dim"),
     "olmoe clip": (OLMOE | {"clip_qkv": 0}, "qkv_clip"),
+    "phi activation": (PHI | {"hidden_act": "gelu"}, "hidden_act"),
+    "phi norms": (PHI | {"qk_layernorm": True}, "qk_layernorm"),
+    "phi rotates nothing": (PHI | {"partial_rotary_factor": 0.0}, "partial_rotary_factor"),
+    "phi two parts": (PHI | {"rope_parameters": {"partial_rotary_factor": 1.0}}, "partial_rotary_factor"),
+    "phi tied": (PHI | {"tie_word_embeddings": True}, "head with a bias"),
+    "phi scaled": (PHI | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type"),
+    "phi epsilon": (PHI | {"layer_norm_eps": "small"}, "layer_norm_eps"),
     "nested": (DBRX | {"attn_config": [1]}, "attn_config"),
 }
 
