@@ -62,6 +62,7 @@ class ModelConfig:
     sliding_window: int | None = None  # W keys are visible, the query's own position included
     qk_norm: QKNorm | None = None  # RMS norm of q and k before RoPE: of each head by itself, or of all heads as one
     rope_dim: int | None = None  # the first so many values of a head rotate; none: all of them
+    alibi_bias_max: float | None = None  # ALiBi in the place of rotation: the last head's slope is 2^-max
     qkv_clip: float | None = None  # clamp q, k and v to [-c, c], after qk_norm "width" and before "head"
     bias: Bias | None = None  # of the products that make q, k and v; or of all products and norms, the head's included
     parallel: bool = False  # attention and feed-forward layer read one norm, and both are added to what came before it
@@ -102,9 +103,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise GateworkError("head_dim is odd, rotary embedding needs pairs", got=self.head_dim)
-        if self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_dim:
-            expected = f"an even number up to head_dim={self.head_dim}"
-            raise GateworkError("rope_dim is out of range", got=self.rope_dim, expected=expected)
+        self._check_positions()
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
@@ -119,6 +118,16 @@ class ModelConfig:
             raise GateworkError("qkv_clip is not positive", got=self.qkv_clip, expected="a positive bound, or none")
 
         self._check_layers()
+
+    def _check_positions(self) -> None:
+        if self.rope_dim is not None and (self.rope_dim % 2 or not 2 <= self.rope_dim <= self.head_dim):
+            expected = f"an even number up to head_dim={self.head_dim}"
+            raise GateworkError("rope_dim is out of range", got=self.rope_dim, expected=expected)
+        if self.alibi_bias_max is not None:
+            if not (math.isfinite(self.alibi_bias_max) and self.alibi_bias_max > 0):
+                raise GateworkError("alibi_bias_max is not a positive number", got=self.alibi_bias_max)
+            if self.rope_dim is not None:
+                raise GateworkError("rope_dim and alibi_bias_max exclude each other", got=self.rope_dim)
 
     def _check_layers(self) -> None:
         """What a layer is made of."""
@@ -137,7 +146,14 @@ class ModelConfig:
     @property
     def rotary_dim(self) -> int:
         """Values of a head that rotate."""
+        if self.alibi_bias_max is not None:
+            return 0
         return self.head_dim if self.rope_dim is None else self.rope_dim
+
+    @property
+    def context_limit(self) -> int:
+        """Positions that the model can be run on: with ALiBi more than it was made for."""
+        return self.max_position_embeddings if self.alibi_bias_max is None else MAX_SIZE
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name and shape of every weight, in graph order. Matrices are (out, in); experts are (E, out, in)."""

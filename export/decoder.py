@@ -33,14 +33,33 @@ def rope_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def attention_mask(config: ModelConfig, position_ids: Tensor, max_seq: int) -> Tensor:
-    """True where a query may look: [B, 1, S, S_max], keys at or before it and, with a window, at most W - 1 before it."""
+def alibi_slopes(config: ModelConfig, device: torch.device | None = None) -> Tensor:
+    """What ALiBi subtracts from a score per position between query and key, by head: [H] float32 (arXiv:2108.12409).
+
+    For a number of heads that is no power of two, those of the next one: every second from the second, then from the first.
+    """
+    assert config.alibi_bias_max is not None
+    count = 1 << (config.num_heads - 1).bit_length()
+    slopes = torch.pow(2.0, torch.arange(1, count + 1, device=device).float() * (-config.alibi_bias_max / count))
+    return slopes if count == config.num_heads else torch.cat([slopes[1::2], slopes[::2]])[: config.num_heads]
+
+
+def attention_mask(
+    config: ModelConfig, position_ids: Tensor, max_seq: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """True where a query may look: [B, 1, S, S_max], keys at or before it and, with a window, at most W - 1 before it.
+
+    With ALiBi what is added to the scores instead, [B, H, S, S_max] `dtype`.
+    """
     keys = torch.arange(max_seq, device=position_ids.device)[None, None, None, :]
     queries = position_ids[:, None, :, None]
     mask = keys <= queries
     if config.sliding_window is not None:
         mask = mask & (keys > queries - config.sliding_window)
-    return mask
+    if config.alibi_bias_max is None:
+        return mask
+    bias = alibi_slopes(config, position_ids.device)[:, None, None] * (keys - queries).float()
+    return torch.where(mask, bias.to(dtype), torch.finfo(dtype).min)
 
 
 def weight(*shape: int) -> nn.Parameter:
@@ -103,6 +122,7 @@ class Attention(nn.Module):
         q, k, v = self.project(x, step)
         k = cache_op.cache_write(past_k, k, step.write_indices)
         v = cache_op.cache_write(past_v, v, step.write_indices)
+        assert step.mask is not None
         return self.o(self.read(q, k, v, step.mask)), k, v
 
     def project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,13 +131,15 @@ class Attention(nn.Module):
         return self.rotated(q, step), self.rotated(k, step), v
 
     def rotated(self, heads: Tensor, step: Step) -> Tensor:
-        """Heads [B, n, S, Dh], turned to their positions."""
+        """Heads [B, n, S, Dh], turned to their positions, if the model turns them."""
+        if not self.config.rotary_dim:
+            return heads
         part = 0 if self.config.rope_dim is None else self.config.rope_dim  # 0: all of a head
         angles = (step.cos, step.sin, step.position_ids)
         return torch.onnx.ops.rotary_embedding(heads, *angles, rotary_embedding_dim=part)
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """What the queries find in the cache [B, Hkv, S_max, Dh], [B, S, H * Dh]; mask [B, 1, S, S_max]."""
+        """What the queries find in the cache [B, Hkv, S_max, Dh], [B, S, H * Dh]; mask: see `attention_mask`."""
         y, *_ = torch.onnx.ops.attention(q, k, v, mask, scale=self.config.head_dim**-0.5)
         return y.transpose(1, 2).flatten(2)
 
@@ -162,15 +184,25 @@ class MoE(nn.Module):
 
 
 class Step:
-    """What every layer of one forward pass shares."""
+    """What every layer of one forward pass shares.
+
+    masked: with the mask, which the projections alone do not need.
+    """
 
     def __init__(
-        self, config: ModelConfig, position_ids: Tensor, write_indices: Tensor, cos: Tensor, sin: Tensor
+        self,
+        config: ModelConfig,
+        position_ids: Tensor,
+        write_indices: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        masked: bool = True,
     ) -> None:
         self.position_ids = position_ids  # [B, S]
         self.write_indices = write_indices  # [B]
         self.cos, self.sin = cos, sin  # [S_max, R/2]
-        self.mask = attention_mask(config, position_ids, cos.shape[0])
+        self.mask = attention_mask(config, position_ids, cos.shape[0], cos.dtype) if masked else None
 
 
 class Layer(nn.Module):

@@ -54,12 +54,11 @@ class Compared(NamedTuple):
 
 @dataclass(slots=True)
 class _Run:
-    """Hidden states on their way through the layers: [1, n, D], spans of sequences, and what the layers need to know."""
+    """Hidden states on their way through the layers: [1, n, D], spans of sequences, and what the projections need to know."""
 
     hidden: Tensor
     spans: list[tuple[int, int]]
     step: Step
-    masks: list[Tensor]
 
 
 class LayerwiseReference:
@@ -90,10 +89,9 @@ class LayerwiseReference:
         ends = torch.tensor([0, *map(len, ids)]).cumsum(0).tolist()
         spans = list(itertools.pairwise(ends))
         positions = torch.cat([torch.arange(len(part)) for part in ids])[None]
-        step = Step(self.config, positions, positions[:, 0], *self._tables)
-        masks = [attention_mask(self.config, positions[:, a:b], b - a) for a, b in spans]
+        step = Step(self.config, positions, positions[:, 0], *self._tables, masked=False)
         table = self.checkpoint.read("embed.weight")
-        return _Run(table[torch.cat(ids)][None].float(), spans, step, masks)
+        return _Run(table[torch.cat(ids)][None].float(), spans, step)
 
     @property
     def hidden(self) -> np.ndarray:
@@ -283,10 +281,10 @@ def _sizes(errors: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _read(layer: Layer, q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:
     """Attention of every sequence to itself, [1, n, H * Dh]."""
-    parts = [
-        layer.attn.read(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], mask)
-        for (a, b), mask in zip(run.spans, run.masks, strict=True)
-    ]
+    parts = []
+    for a, b in run.spans:
+        mask = attention_mask(layer.attn.config, torch.arange(b - a)[None], b - a)
+        parts.append(layer.attn.read(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], mask))
     return torch.cat(parts, dim=1)
 
 

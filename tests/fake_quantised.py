@@ -36,6 +36,8 @@ LINEARS = {
     "self_attn.dense": ("attn.o.weight",),
     "mlp.fc1": ("mlp.w_in",),
     "mlp.fc2": ("mlp.w_out",),
+    "ffn.up_proj": ("mlp.w_in",),
+    "ffn.down_proj": ("mlp.w_out",),
 }
 NORMS = {"attn.q.weight": "attn_norm", "attn.k.weight": "attn_norm", "attn.v.weight": "attn_norm"}
 NORMS |= {"mlp.w_in": "ffn_norm"}  # whose output a product reads
@@ -162,8 +164,10 @@ class FakeQuantised:
         return None if found is None else torch.tensor(found)
 
     def _rows(self, name: str) -> int:
-        """Rows of q, k or v in DBRX's fused matrix."""
+        """Rows of q, k or v in a fused matrix, DBRX's or MPT's."""
         config = self.model.config
+        if config.model_type == "mpt":
+            return config.d_model
         heads = config.n_heads if ".attn.q." in name else config.attn_config.kv_n_heads
         return heads * config.d_model // config.n_heads
 

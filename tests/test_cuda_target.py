@@ -135,6 +135,13 @@ def test_a_wrongly_typed_graph_is_noticed(tmp_path: Path) -> None:
         ort.InferenceSession(engine / "model.onnx", providers=["CPUExecutionProvider"])
 
 
+def test_alibi_is_refused(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "mpt")
+    with pytest.raises(GateworkError, match=r"no kernel for ALiBi; fix: use --target cpu"):
+        build_engine(path, tmp_path / "engine", target="cuda", precision="bf16", max_seq=32)
+    assert not (tmp_path / "engine").exists()
+
+
 def nodes_of(path: Path, tmp_path: Path, precision: str) -> list[onnx.NodeProto]:
     engine = build_engine(path, tmp_path / precision, target="cuda", precision=precision, max_seq=32)
     return list(onnx.load(engine / "model.onnx", load_external_data=False).graph.node)

@@ -14,16 +14,18 @@ import numpy as np
 import onnx_ir as ir
 
 from gatework.export.config import ModelConfig
+from gatework.export.decoder import alibi_slopes
 from gatework.export.lower.graph import MS, Builder, linear_weight, producer, replace
 from gatework.export.packing import Pack, TensorSpec, add_packed, is_weight, pack_of, static_shape
 
-_QUERY_SEQLENS = 16  # input index of GroupQueryAttention
+_ATTENTION_BIAS, _QUERY_SEQLENS = 10, 16  # input indices of GroupQueryAttention
 
 
 class _Lengths(NamedTuple):
     seqlens_k: ir.Value
     total: ir.Value
     query: ir.Value | None
+    bias: ir.Value | None
 
 
 def to_group_query_attention(model: ir.Model, config: ModelConfig, *, query_lengths: bool) -> tuple[ir.Model, bool]:
@@ -31,14 +33,17 @@ def to_group_query_attention(model: ir.Model, config: ModelConfig, *, query_leng
     if config.head_dim % 16 or config.rotary_dim % 16:
         return model, False
     attentions = [node for node in model.graph if node.op_type == "Attention"]
-    lengths = _lengths(model.graph, query_lengths)
+    lengths = _lengths(model.graph, config, query_lengths)
     for node in attentions:
         _rewrite(model.graph, node, config, lengths)
     return model, bool(attentions)
 
 
-def _lengths(graph: ir.Graph, query_lengths: bool) -> _Lengths:
-    """Keys per row after this step less one, their maximum over the batch, and, if asked for, new tokens per row; int32."""
+def _lengths(graph: ir.Graph, config: ModelConfig, query_lengths: bool) -> _Lengths:
+    """Keys per row after this step less one, their maximum over the batch, and, if asked for, new tokens per row; int32.
+
+    And ALiBi's bias, if the model has it.
+    """
     inputs = {value.name: value for value in graph.inputs}
     build = Builder(graph, graph[0])
     (seq,) = build.op("Shape", inputs["input_ids"], start=1, end=2)  # [1]
@@ -49,30 +54,45 @@ def _lengths(graph: ir.Graph, query_lengths: bool) -> _Lengths:
     (longest,) = build.op("ReduceMax", ends, keepdims=0)
     (total64,) = build.op("Add", longest, one)
     (total,) = build.op("Cast", total64, to=ir.DataType.INT32)
+    bias = None if config.alibi_bias_max is None else _alibi(build, config, inputs["position_ids"], total64)
     if not query_lengths:
-        return _Lengths(seqlens_k, total, None)
+        return _Lengths(seqlens_k, total, None, bias)
     (batch,) = build.op("Shape", inputs["input_ids"], start=0, end=1)
     (rows,) = build.op("Expand", seq, batch)
     (query,) = build.op("Cast", rows, to=ir.DataType.INT32)
-    return _Lengths(seqlens_k, total, query)
+    return _Lengths(seqlens_k, total, query, bias)
+
+
+def _alibi(build: Builder, config: ModelConfig, positions: ir.Value, total: ir.Value) -> ir.Value:
+    """Slope times (key - query) for every head, query of this step and key that there is: [B, H, S, total] float32."""
+    start, step = (build.constant(np.array(number, np.int64)) for number in (0, 1))
+    (keys,) = build.op("Range", start, total, step)
+    (queries,) = build.op("Unsqueeze", positions, build.constant(np.array([1, 3], np.int64)))
+    (distance,) = build.op("Sub", keys, queries)
+    (distance,) = build.op("Cast", distance, to=ir.DataType.FLOAT)
+    return build.op("Mul", distance, build.constant(alibi_slopes(config)[:, None, None].numpy()))[0]
 
 
 def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: _Lengths) -> None:
-    q_rope, k_write, v_write = (value.producer() for value in node.inputs[:3] if value is not None)
-    assert q_rope is not None and k_write is not None and v_write is not None
-    k_rope = producer(k_write.inputs[1], "RotaryEmbedding")
-    assert q_rope.op_type == "RotaryEmbedding" and k_rope is not None
+    k_write, v_write = (value.producer() for value in node.inputs[1:3] if value is not None)
+    assert k_write is not None and v_write is not None
     build = Builder(graph, node)
-    heads = [q_rope.inputs[0], k_rope.inputs[0], v_write.inputs[1]]
+    heads = [node.inputs[0], k_write.inputs[1], v_write.inputs[1]]
+    tables: list[ir.Value | None] = [None, None]
+    if config.rotary_dim:
+        q_rope, k_rope = (producer(value, "RotaryEmbedding") for value in heads[:2])
+        assert q_rope is not None and k_rope is not None
+        heads[:2], tables = [q_rope.inputs[0], k_rope.inputs[0]], list(q_rope.inputs[1:3])
     projected: list[ir.Value | None]
     if config.qk_norm is None:
         projected = [_packed_projection(graph, build, heads, config.qkv_clip), None, None]
     else:
         projected = [*_split_projection(graph, build, heads, config)]
     past = (k_write.inputs[0], v_write.inputs[0])
-    inputs = [*projected, *past, lengths.seqlens_k, lengths.total, q_rope.inputs[1], q_rope.inputs[2]]
-    if lengths.query is not None:
-        inputs += [None] * (_QUERY_SEQLENS - len(inputs)) + [lengths.query]
+    inputs = [*projected, *past, lengths.seqlens_k, lengths.total, *tables]
+    for index, value in ((_ATTENTION_BIAS, lengths.bias), (_QUERY_SEQLENS, lengths.query)):
+        if value is not None:
+            inputs += [None] * (index - len(inputs)) + [value]
     y, present_k, present_v = build.op(
         "GroupQueryAttention",
         *inputs,
@@ -80,7 +100,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: _Leng
         outputs=3,
         num_heads=config.num_heads,
         kv_num_heads=config.num_kv_heads,
-        do_rotary=1,
+        do_rotary=int(config.rotary_dim > 0),
         scale=float(node.attributes["scale"].value),
         local_window_size=config.sliding_window or -1,
     )

@@ -134,7 +134,21 @@ def phi_weights(model: Any) -> dict[str, Tensor]:
     return expected | {f"{name}.bias": module.bias for name, module in parts.items()}
 
 
-ORACLES = {"dbrx": dbrx_weights, "phi": phi_weights}
+def mpt_weights(model: Any) -> dict[str, Tensor]:
+    """Canonical weights from the modules of transformers' MPT."""
+    body = model.transformer
+    expected = {"embed.weight": body.wte.weight, "norm.weight": body.norm_f.weight}
+    for i, block in enumerate(body.blocks):
+        q, k, v = block.attn.Wqkv.weight.chunk(3)
+        tensors = {"attn.q.weight": q, "attn.k.weight": k, "attn.v.weight": v}
+        tensors |= {"attn_norm.weight": block.norm_1.weight, "attn.o.weight": block.attn.out_proj.weight}
+        tensors |= {"ffn_norm.weight": block.norm_2.weight}
+        tensors |= {"mlp.w_in": block.ffn.up_proj.weight, "mlp.w_out": block.ffn.down_proj.weight}
+        expected |= {f"layers.{i}.{name}": tensor for name, tensor in tensors.items()}
+    return expected
+
+
+ORACLES = {"dbrx": dbrx_weights, "phi": phi_weights, "mpt": mpt_weights}
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["table", "odd"])

@@ -15,6 +15,7 @@ import transformers
 from gatework.export.checkpoint import read_config
 from gatework.export.config import ModelConfig
 from gatework.export.families import FAMILIES, family_of, params_json
+from gatework.export.options import fit_length
 from gatework.plugins.errors import GateworkError
 from tests.checkpoints import TABLE, hf_config
 
@@ -140,6 +141,39 @@ PHI = {
 }
 PHI_2 = PHI | {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "partial_rotary_factor": 0.4}
 
+MPT = {
+    "architectures": ["MPTForCausalLM"],
+    "attn_config": {
+        "alibi": True,
+        "alibi_bias_max": 8,
+        "attn_impl": "torch",
+        "attn_pdrop": 0,
+        "attn_type": "multihead_attention",
+        "attn_uses_sequence_id": False,
+        "clip_qkv": None,
+        "prefix_lm": False,
+        "qk_ln": False,
+        "softmax_scale": None,
+    },
+    "d_model": 4096,
+    "emb_pdrop": 0,
+    "embedding_fraction": 1.0,
+    "expansion_ratio": 4,
+    "learned_pos_emb": True,
+    "logit_scale": None,
+    "max_seq_len": 2048,
+    "model_type": "mpt",
+    "n_heads": 32,
+    "n_layers": 32,
+    "no_bias": True,
+    "norm_type": "low_precision_layernorm",
+    "tokenizer_name": "EleutherAI/gpt-neox-20b",
+    "torch_dtype": "bfloat16",
+    "use_cache": False,
+    "verbose": 0,
+    "vocab_size": 50432,
+}
+
 # name -> config, parameters, active parameters, bytes of keys and values per token in fp16
 PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "llama-7b": (llama(4096, 32, 32, 11008, rms_norm_eps=1e-6), 6_738_415_616, 6_738_415_616, 524_288),
@@ -161,6 +195,7 @@ PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "qwen3-30b-a3b": (QWEN3_MOE, 30_532_122_624, 3_353_032_704, 98_304),
     "qwen3-235b-a22b": (QWEN3_235B, 235_093_634_560, 22_190_763_520, 192_512),
     "olmoe-1b-7b": (OLMOE, 6_919_161_856, 1_282_017_280, 131_072),
+    "mpt-7b": (MPT, 6_649_286_656, 6_649_286_656, 524_288),
     "phi-1.5": (PHI, 1_418_270_720, 1_418_270_720, 196_608),
     "phi-2": (PHI_2, 2_779_683_840, 2_779_683_840, 327_680),
 }
@@ -178,6 +213,10 @@ def read(raw: Raw) -> ModelConfig:
 
 def without(raw: Raw, *names: str) -> Raw:
     return {name: value for name, value in raw.items() if name not in names}
+
+
+def with_attention(**options: Any) -> Raw:
+    return MPT | {"attn_config": MPT["attn_config"] | options}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -303,6 +342,23 @@ def test_dbrx() -> None:
     assert config.moe.renormalize
 
 
+def test_mpt() -> None:
+    config = read(MPT)
+    assert (config.norm, config.bias, config.tie_embeddings, config.qkv_clip) == ("layer", None, True, None)
+    assert (config.activation, config.glu, config.alibi_bias_max, config.rotary_dim) == ("gelu", "none", 8.0, 0)
+    assert read(with_attention(clip_qkv=6, alibi_bias_max=16)) == replace(config, qkv_clip=6.0, alibi_bias_max=16.0)
+    assert read(MPT | {"expansion_ratio": 2.5}).intermediate_size == 10240
+    assert read(with_attention(softmax_scale=128**-0.5)) == config
+    assert read(without(MPT, "attn_config", "expansion_ratio", "max_seq_len", "no_bias")) == config
+
+
+def test_mpt_goes_past_its_own_context() -> None:
+    assert fit_length(read(MPT), None) == 2048
+    assert fit_length(read(MPT), 65_536) == 65_536
+    with pytest.raises(GateworkError, match="max_seq"):
+        fit_length(read(PHI), 2049)
+
+
 @pytest.mark.parametrize("raw", [PHI, PHI_2], ids=["phi-1.5", "phi-2"])
 def test_phi(raw: Raw) -> None:
     config = read(raw)
@@ -377,6 +433,17 @@ UNSUPPORTED: dict[str, tuple[Raw, str]] = {
     "olmoe window": (OLMOE | {"sliding_window": 4096}, "sliding_window"),
     "olmoe heads": (OLMOE | {"head_dim": 64}, "head_dim"),
     "olmoe clip": (OLMOE | {"clip_qkv": 0}, "qkv_clip"),
+    "mpt multiquery": (with_attention(attn_type="multiquery_attention"), "attn_config.attn_type"),
+    "mpt positions": (with_attention(alibi=False), "attn_config.alibi"),
+    "mpt prefix": (with_attention(prefix_lm=True), "attn_config.prefix_lm"),
+    "mpt norms": (with_attention(qk_ln=True), "attn_config.qk_ln"),
+    "mpt scale": (with_attention(softmax_scale=1.0), "attn_config.softmax_scale"),
+    "mpt slopes": (with_attention(alibi_bias_max=0), "alibi_bias_max"),
+    "mpt bias": (MPT | {"no_bias": False}, "no_bias"),
+    "mpt logits": (MPT | {"logit_scale": "inv_sqrt_d_model"}, "logit_scale"),
+    "mpt norm": (MPT | {"norm_type": "rmsnorm"}, "norm_type"),
+    "mpt mlp": (MPT | {"ffn_config": {"ffn_type": "mptglu"}}, "ffn_config.ffn_type"),
+    "mpt ratio": (MPT | {"expansion_ratio": -4}, "expansion_ratio"),
     "phi activation": (PHI | {"hidden_act": "gelu"}, "hidden_act"),
     "phi norms": (PHI | {"qk_layernorm": True}, "qk_layernorm"),
     "phi rotates nothing": (PHI | {"partial_rotary_factor": 0.0}, "partial_rotary_factor"),
