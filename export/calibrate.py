@@ -31,10 +31,11 @@ WINDOW = 512
 PERCENTILE = 99.99
 _TOOLS = ("gatework", "torch")
 
-# Weights whose products share an input, in each half of a layer; the norm that it begins with makes the first one.
+# Weights whose products share an input, in each half of a layer, or in a parallel one; the norm before makes the first one.
 _Groups: TypeAlias = tuple[tuple[str, ...], ...]
 _ATTENTION: _Groups = (("attn.q.weight", "attn.k.weight", "attn.v.weight"), ("attn.o.weight",))
 _MLP: _Groups = (("mlp.w_in",), ("mlp.w_out",))
+_PARALLEL: _Groups = ((*_ATTENTION[0], *_MLP[0]), _ATTENTION[1], _MLP[1])
 
 
 def calibrate(
@@ -155,14 +156,23 @@ class _Run:
             window.hidden, *_ = layer.attend(window.hidden, window.step, empty, empty)
 
         def feed_forward(window: _Window) -> None:
-            window.hidden = layer.feed_forward(window.hidden)
+            window.hidden = layer.feed_forward(window.hidden, window.hidden)
             done()
 
-        self.half(layer, prefix, "attn_norm", _ATTENTION, attend)
-        self.half(layer, prefix, "ffn_norm", _MLP if config.moe is None else (), feed_forward)
+        def both(window: _Window) -> None:
+            before = window.hidden
+            attend(window)
+            window.hidden = layer.feed_forward(window.hidden, before)
+            done()
 
-    def half(self, layer: Layer, prefix: str, first: str, groups: _Groups, run: Callable[[_Window], None]) -> None:
-        """Take every window through one half of a layer, which begins with the norm `first`, and record."""
+        if config.parallel:
+            self.part(layer, prefix, "attn_norm", _PARALLEL, both)
+            return
+        self.part(layer, prefix, "attn_norm", _ATTENTION, attend)
+        self.part(layer, prefix, "ffn_norm", _MLP if config.moe is None else (), feed_forward)
+
+    def part(self, layer: Layer, prefix: str, first: str, groups: _Groups, run: Callable[[_Window], None]) -> None:
+        """Take every window through a part of a layer, which begins with the norm `first`, and record."""
         recorder, trackers = Recorder(), {}
         for group in groups:
             weights = [layer.get_parameter(name) for name in group]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe.spec import GLU_MATRICES, Activation, Glu
 
 MAX_SIZE = 1 << 24  # of any dimension: 64 times the largest vocabulary, more than the longest context
 MAX_LAYERS = 1_000
@@ -14,6 +15,7 @@ MAX_EXPERTS = 50_000  # over all layers: a weight map is made before any tensor 
 
 Norm = Literal["rms", "layer"]
 QKNorm = Literal["head", "width"]
+Bias = Literal["qkv", "all"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -59,7 +61,13 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     sliding_window: int | None = None  # W keys are visible, the query's own position included
     qk_norm: QKNorm | None = None  # RMS norm of q and k before RoPE: of each head by itself, or of all heads as one
+    rope_dim: int | None = None  # the first so many values of a head rotate; none: all of them
+    alibi_bias_max: float | None = None  # ALiBi in the place of rotation: the last head's slope is 2^-max
     qkv_clip: float | None = None  # clamp q, k and v to [-c, c], after qk_norm "width" and before "head"
+    bias: Bias | None = None  # of the products that make q, k and v; or of all products and norms, the head's included
+    parallel: bool = False  # attention and feed-forward layer read one norm, and both are added to what came before it
+    activation: Activation = "silu"
+    glu: Glu = "two_way"  # of the feed-forward layer: none, or gate and up
     tie_embeddings: bool = False
     moe: MoEConfig | None = None
     dtype: Dtype = "float32"  # of the stored weights
@@ -95,6 +103,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise GateworkError("head_dim is odd, rotary embedding needs pairs", got=self.head_dim)
+        self._check_positions()
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
@@ -108,31 +117,80 @@ class ModelConfig:
         if self.qkv_clip is not None and not self.qkv_clip > 0:
             raise GateworkError("qkv_clip is not positive", got=self.qkv_clip, expected="a positive bound, or none")
 
+        self._check_layers()
+
+    def _check_positions(self) -> None:
+        if self.rope_dim is not None and (self.rope_dim % 2 or not 2 <= self.rope_dim <= self.head_dim):
+            expected = f"an even number up to head_dim={self.head_dim}"
+            raise GateworkError("rope_dim is out of range", got=self.rope_dim, expected=expected)
+        if self.alibi_bias_max is not None:
+            if not (math.isfinite(self.alibi_bias_max) and self.alibi_bias_max > 0):
+                raise GateworkError("alibi_bias_max is not a positive number", got=self.alibi_bias_max)
+            if self.rope_dim is not None:
+                raise GateworkError("rope_dim and alibi_bias_max exclude each other", got=self.rope_dim)
+
+    def _check_layers(self) -> None:
+        """What a layer is made of."""
+        for name, kind in (("bias", Bias), ("activation", Activation), ("glu", Glu)):
+            known = get_args(kind)
+            if getattr(self, name) not in known and not (name == "bias" and self.bias is None):
+                raise GateworkError(f"{name} is not known", got=repr(getattr(self, name)), expected=" or ".join(known))
+        if self.glu == "three_way":
+            raise GateworkError("glu is not supported", got=self.glu, expected="none or two_way")
+        if self.moe is not None and (self.parallel or self.bias == "all"):
+            what = "parallel layers" if self.parallel else "biases of all products"
+            raise GateworkError(f"{what} are for dense models", got=f"{self.moe.num_experts} experts")
+        if self.bias == "all" and self.tie_embeddings:
+            raise GateworkError("a head with a bias is no embedding table", fix="check the checkpoint's config")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Values of a head that rotate."""
+        if self.alibi_bias_max is not None:
+            return 0
+        return self.head_dim if self.rope_dim is None else self.rope_dim
+
+    @property
+    def context_limit(self) -> int:
+        """Positions that the model can be run on: with ALiBi more than it was made for."""
+        return self.max_position_embeddings if self.alibi_bias_max is None else MAX_SIZE
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name and shape of every weight, in graph order. Matrices are (out, in); experts are (E, out, in)."""
         D, I, Dh = self.hidden_size, self.intermediate_size, self.head_dim
+        on_qkv, on_all = self.bias is not None, self.bias == "all"
         shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocab_size, D)}
         for i in range(self.num_layers):
-            layer = {
-                "attn_norm.weight": (D,),
-                "attn.q.weight": (self.num_heads * Dh, D),
-                "attn.k.weight": (self.num_kv_heads * Dh, D),
-                "attn.v.weight": (self.num_kv_heads * Dh, D),
-            }
+            layer = self._norm_shapes("attn_norm")
+            for name, heads in (("q", self.num_heads), ("k", self.num_kv_heads), ("v", self.num_kv_heads)):
+                layer |= _product(f"attn.{name}", heads * Dh, D, on_qkv)
             if self.qk_norm is not None:
                 q, k = (self.num_heads, self.num_kv_heads) if self.qk_norm == "width" else (1, 1)
                 layer |= {"attn.q_norm.weight": (q * Dh,), "attn.k_norm.weight": (k * Dh,)}
-            layer |= {"attn.o.weight": (D, self.num_heads * Dh), "ffn_norm.weight": (D,)}
-            if self.moe is None:  # gate rows first, then up rows
-                layer |= {"mlp.w_in": (2 * I, D), "mlp.w_out": (D, I)}
+            layer |= _product("attn.o", D, self.num_heads * Dh, on_all)
+            if not self.parallel:
+                layer |= self._norm_shapes("ffn_norm")
+            rows = GLU_MATRICES[self.glu] * I  # gate rows first, then up rows
+            if self.moe is None:
+                layer |= {"mlp.w_in": (rows, D), "mlp.w_out": (D, I)}
+                layer |= {"mlp.b_in": (rows,), "mlp.b_out": (D,)} if on_all else {}
             else:
                 E = self.moe.num_experts
-                layer |= {"moe.router.weight": (E, D), "moe.w_in": (E, 2 * I, D), "moe.w_out": (E, D, I)}
+                layer |= {"moe.router.weight": (E, D), "moe.w_in": (E, rows, D), "moe.w_out": (E, D, I)}
             shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-        shapes["norm.weight"] = (D,)
+        shapes |= self._norm_shapes("norm")
         if not self.tie_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, D)
+            shapes |= _product("lm_head", self.vocab_size, D, on_all)
         return shapes
+
+    def _norm_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        kinds = ("weight", "bias") if self.norm_bias else ("weight",)
+        return {f"{name}.{kind}": (self.hidden_size,) for kind in kinds}
+
+    @property
+    def norm_bias(self) -> bool:
+        """Whether norms add a bias, which RMS norms never do."""
+        return self.bias == "all" and self.norm == "layer"
 
     def num_parameters(self) -> int:
         """All weights."""
@@ -142,7 +200,7 @@ class ModelConfig:
         """Weights that one token passes through: all but the experts it is not routed to."""
         if self.moe is None:
             return self.num_parameters()
-        expert = 3 * self.hidden_size * self.intermediate_size
+        expert = (1 + GLU_MATRICES[self.glu]) * self.hidden_size * self.intermediate_size
         return self.num_parameters() - self.num_layers * (self.moe.num_experts - self.moe.top_k) * expert
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
@@ -164,3 +222,7 @@ class ModelConfig:
             return cls(**fields)
         except TypeError as error:
             raise GateworkError(f"model description does not fit this version: {error}") from None
+
+
+def _product(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (rows, columns)} | ({f"{name}.bias": (rows,)} if bias else {})

@@ -13,52 +13,81 @@ from torch.nn import functional as F
 from gatework.export import cache_op
 from gatework.export.config import ModelConfig
 from gatework.plugins.moe import torch_op
-from gatework.plugins.moe.spec import MoEAttributes
+from gatework.plugins.moe.spec import GLU_MATRICES, MoEAttributes
 
 
 def moe_attributes(config: ModelConfig) -> MoEAttributes:
     """The operator's settings for this model's feed-forward layers, with dense weights."""
     assert config.moe is not None
-    return MoEAttributes(top_k=config.moe.top_k, renormalize=config.moe.renormalize, activation="silu", glu="two_way")
+    top_k, renormalize = config.moe.top_k, config.moe.renormalize
+    return MoEAttributes(top_k=top_k, renormalize=renormalize, activation=config.activation, glu=config.glu)
 
 
 def rope_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2j/Dh), each [length, Dh/2] float32 (RoFormer, arXiv:2104.09864, section 3.2.2)."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    """cos and sin of position * theta^(-2j/R), each [length, R/2] float32 (RoFormer, arXiv:2104.09864, section 3.2.2).
+
+    R: the values of a head that rotate, Dh in most models.
+    """
+    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.int64).float() / config.rotary_dim
     angles = torch.outer(torch.arange(length).float(), 1.0 / (config.rope_theta**exponents))
     return angles.cos(), angles.sin()
 
 
-def attention_mask(config: ModelConfig, position_ids: Tensor, max_seq: int) -> Tensor:
-    """True where a query may look: [B, 1, S, S_max], keys at or before it and, with a window, at most W - 1 before it."""
+def alibi_slopes(config: ModelConfig, device: torch.device | None = None) -> Tensor:
+    """What ALiBi subtracts from a score per position between query and key, by head: [H] float32 (arXiv:2108.12409).
+
+    For a number of heads that is no power of two, those of the next one: every second from the second, then from the first.
+    """
+    assert config.alibi_bias_max is not None
+    count = 1 << (config.num_heads - 1).bit_length()
+    slopes = torch.pow(2.0, torch.arange(1, count + 1, device=device).float() * (-config.alibi_bias_max / count))
+    return slopes if count == config.num_heads else torch.cat([slopes[1::2], slopes[::2]])[: config.num_heads]
+
+
+def attention_mask(
+    config: ModelConfig, position_ids: Tensor, max_seq: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """True where a query may look: [B, 1, S, S_max], keys at or before it and, with a window, at most W - 1 before it.
+
+    With ALiBi what is added to the scores instead, [B, H, S, S_max] `dtype`.
+    """
     keys = torch.arange(max_seq, device=position_ids.device)[None, None, None, :]
     queries = position_ids[:, None, :, None]
     mask = keys <= queries
     if config.sliding_window is not None:
         mask = mask & (keys > queries - config.sliding_window)
-    return mask
+    if config.alibi_bias_max is None:
+        return mask
+    bias = alibi_slopes(config, position_ids.device)[:, None, None] * (keys - queries).float()
+    return torch.where(mask, bias.to(dtype), torch.finfo(dtype).min)
+
+
+def weight(*shape: int) -> nn.Parameter:
+    """One to be filled."""
+    return nn.Parameter(torch.empty(shape), requires_grad=False)
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias."""
+    """y = x W^T, plus a bias where the model has one."""
 
-    def __init__(self, out_features: int, in_features: int) -> None:
+    def __init__(self, out_features: int, in_features: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.weight = weight(out_features, in_features)
+        self.bias = weight(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 def norm(config: ModelConfig) -> nn.Module:
-    """The model's normalisation layer over D; neither kind has a bias."""
+    """The model's normalisation layer over D."""
     if config.norm == "rms":
         return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the KV cache, with rotary positions in halves (j, j + Dh/2)."""
+    """Grouped-query attention over the KV cache, with rotary positions in halves (j, j + R/2) of a head's first R values."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -68,8 +97,8 @@ class Attention(nn.Module):
             config.num_heads * config.head_dim,
             config.num_kv_heads * config.head_dim,
         )
-        self.q, self.k, self.v = Linear(width, D), Linear(kv_width, D), Linear(kv_width, D)
-        self.o = Linear(D, width)
+        self.q, self.k, self.v = (Linear(n, D, bias=config.bias is not None) for n in (width, kv_width, kv_width))
+        self.o = Linear(D, width, bias=config.bias == "all")
         if config.qk_norm is not None:
             by_head = config.qk_norm == "head"
             self.q_norm = nn.RMSNorm(config.head_dim if by_head else width, eps=config.norm_eps)
@@ -93,32 +122,48 @@ class Attention(nn.Module):
         q, k, v = self.project(x, step)
         k = cache_op.cache_write(past_k, k, step.write_indices)
         v = cache_op.cache_write(past_v, v, step.write_indices)
+        assert step.mask is not None
         return self.o(self.read(q, k, v, step.mask)), k, v
 
     def project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, S, Dh], and keys and values [B, Hkv, S, Dh] as the cache holds them."""
-        ops = torch.onnx.ops
-        q = ops.rotary_embedding(self.heads(self.q(x), "q_norm"), step.cos, step.sin, step.position_ids)
-        k = ops.rotary_embedding(self.heads(self.k(x), "k_norm"), step.cos, step.sin, step.position_ids)
-        return q, k, self.heads(self.v(x))
+        q, k, v = self.heads(self.q(x), "q_norm"), self.heads(self.k(x), "k_norm"), self.heads(self.v(x))
+        return self.rotated(q, step), self.rotated(k, step), v
+
+    def rotated(self, heads: Tensor, step: Step) -> Tensor:
+        """Heads [B, n, S, Dh], turned to their positions, if the model turns them."""
+        if not self.config.rotary_dim:
+            return heads
+        part = 0 if self.config.rope_dim is None else self.config.rope_dim  # 0: all of a head
+        angles = (step.cos, step.sin, step.position_ids)
+        return torch.onnx.ops.rotary_embedding(heads, *angles, rotary_embedding_dim=part)
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """What the queries find in the cache [B, Hkv, S_max, Dh], [B, S, H * Dh]; mask [B, 1, S, S_max]."""
+        """What the queries find in the cache [B, Hkv, S_max, Dh], [B, S, H * Dh]; mask: see `attention_mask`."""
         y, *_ = torch.onnx.ops.attention(q, k, v, mask, scale=self.config.head_dim**-0.5)
         return y.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
-    """Dense gated feed-forward layer: down(silu(gate x) * up x)."""
+    """Dense feed-forward layer: down(act(gate x) * up x), or down(act(up x)) without a gate."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w_in = nn.Parameter(torch.empty(2 * config.intermediate_size, config.hidden_size), requires_grad=False)
-        self.w_out = nn.Parameter(torch.empty(config.hidden_size, config.intermediate_size), requires_grad=False)
+        D, I, bias = config.hidden_size, config.intermediate_size, config.bias == "all"
+        self.act, self.gated = torch_op.ACTIVATIONS[config.activation], config.glu == "two_way"
+        rows = GLU_MATRICES[config.glu] * I
+        self.w_in, self.w_out = weight(rows, D), weight(D, I)
+        self.b_in = weight(rows) if bias else None
+        self.b_out = weight(D) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.w_in).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.w_out)
+        h = F.linear(x, self.w_in, self.b_in)
+        if self.gated:
+            gate, up = h.chunk(2, dim=-1)
+            h = self.act(gate) * up
+        else:
+            h = self.act(h)
+        return F.linear(h, self.w_out, self.b_out)
 
 
 class MoE(nn.Module):
@@ -130,8 +175,7 @@ class MoE(nn.Module):
         self.attributes = moe_attributes(config)
         E, D, I = config.moe.num_experts, config.hidden_size, config.intermediate_size
         self.router = Linear(E, D)
-        self.w_in = nn.Parameter(torch.empty(E, 2 * I, D), requires_grad=False)
-        self.w_out = nn.Parameter(torch.empty(E, D, I), requires_grad=False)
+        self.w_in, self.w_out = weight(E, self.attributes.w_in_rows(I), D), weight(E, D, I)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)  # [T, D]
@@ -140,39 +184,58 @@ class MoE(nn.Module):
 
 
 class Step:
-    """What every layer of one forward pass shares."""
+    """What every layer of one forward pass shares.
+
+    masked: with the mask, which the projections alone do not need.
+    """
 
     def __init__(
-        self, config: ModelConfig, position_ids: Tensor, write_indices: Tensor, cos: Tensor, sin: Tensor
+        self,
+        config: ModelConfig,
+        position_ids: Tensor,
+        write_indices: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        masked: bool = True,
     ) -> None:
         self.position_ids = position_ids  # [B, S]
         self.write_indices = write_indices  # [B]
-        self.cos, self.sin = cos, sin  # [S_max, Dh/2]
-        self.mask = attention_mask(config, position_ids, cos.shape[0])
+        self.cos, self.sin = cos, sin  # [S_max, R/2]
+        self.mask = attention_mask(config, position_ids, cos.shape[0], cos.dtype) if masked else None
 
 
 class Layer(nn.Module):
-    """Pre-norm block: attention, then the feed-forward layer, each added to the residual stream."""
+    """Pre-norm block: attention, then the feed-forward layer, each added to the residual stream.
+
+    In a parallel one both read the same norm of the stream as it came in.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attn_norm, self.attn = norm(config), Attention(config)
-        self.ffn_norm = norm(config)
+        self.parallel = config.parallel
+        if not config.parallel:
+            self.ffn_norm = norm(config)
         self.ffn = "mlp" if config.moe is None else "moe"  # the name under which its weights go
         self.add_module(self.ffn, MLP(config) if config.moe is None else MoE(config))
 
     def forward(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, k, v = self.attend(x, step, past_k, past_v)
-        return self.feed_forward(x), k, v
+        middle, k, v = self.attend(x, step, past_k, past_v)
+        return self.feed_forward(middle, x), k, v
 
     def attend(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The first half, and the updated cache."""
         y, k, v = self.attn(self.attn_norm(x), step, past_k, past_v)
         return x + y, k, v
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """The second half."""
-        return x + self.get_submodule(self.ffn)(self.ffn_norm(x))
+    def feed_forward(self, middle: Tensor, x: Tensor) -> Tensor:
+        """The second half: the stream after the first, and before it."""
+        return middle + self.get_submodule(self.ffn)(self.ffn_input(middle, x))
+
+    def ffn_input(self, middle: Tensor, x: Tensor) -> Tensor:
+        """What the feed-forward layer reads; arguments as of `feed_forward`."""
+        return self.attn_norm(x) if self.parallel else self.ffn_norm(middle)
 
 
 class Decoder(nn.Module):
@@ -194,7 +257,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = norm(config)
         if not config.tie_embeddings:
-            self.lm_head = Linear(config.vocab_size, config.hidden_size)
+            self.lm_head = Linear(config.vocab_size, config.hidden_size, bias=config.bias == "all")
         cos, sin = rope_tables(config, max_seq)
         self.rope_cos: Tensor
         self.rope_sin: Tensor
@@ -213,8 +276,9 @@ class Decoder(nn.Module):
             present += [k, v]
         if not self.all_logits:
             x = x[:, -1:]
-        head = self.embed.weight if self.config.tie_embeddings else self.lm_head.weight
-        return F.linear(self.norm(x), head).float(), *present
+        x = self.norm(x)
+        logits = F.linear(x, self.embed.weight) if self.config.tie_embeddings else self.lm_head(x)
+        return logits.float(), *present
 
     def empty_cache(self, batch: int) -> list[Tensor]:
         """Zeroed cache tensors for `batch` rows."""

@@ -54,12 +54,11 @@ class Compared(NamedTuple):
 
 @dataclass(slots=True)
 class _Run:
-    """Hidden states on their way through the layers: [1, n, D], spans of sequences, and what the layers need to know."""
+    """Hidden states on their way through the layers: [1, n, D], spans of sequences, and what the projections need to know."""
 
     hidden: Tensor
     spans: list[tuple[int, int]]
     step: Step
-    masks: list[Tensor]
 
 
 class LayerwiseReference:
@@ -90,10 +89,9 @@ class LayerwiseReference:
         ends = torch.tensor([0, *map(len, ids)]).cumsum(0).tolist()
         spans = list(itertools.pairwise(ends))
         positions = torch.cat([torch.arange(len(part)) for part in ids])[None]
-        step = Step(self.config, positions, positions[:, 0], *self._tables)
-        masks = [attention_mask(self.config, positions[:, a:b], b - a) for a, b in spans]
+        step = Step(self.config, positions, positions[:, 0], *self._tables, masked=False)
         table = self.checkpoint.read("embed.weight")
-        return _Run(table[torch.cat(ids)][None].float(), spans, step, masks)
+        return _Run(table[torch.cat(ids)][None].float(), spans, step)
 
     @property
     def hidden(self) -> np.ndarray:
@@ -122,10 +120,10 @@ class LayerwiseReference:
     def _layer(self, i: int, local: _Run | None, engine: Recorded) -> Iterator[Compared]:
         with torch.device("meta"):
             layer = Layer(self.config).eval()
-        for name in ("attn_norm", "attn", "ffn_norm"):
+        for name in ("attn_norm", "attn", *(() if layer.parallel else ("ffn_norm",))):
             load_weights(layer.get_submodule(name), self.checkpoint, f"layers.{i}.{name}.")
         middle = yield from self._attention(i, layer, local, engine)
-        yield from self._feed_forward(i, layer, middle, engine, tapped=local is not None)
+        yield from self._feed_forward(i, layer, middle, local, engine)
         if local is not None:
             found, output = engine.rows(f"layers.{i}.output")
             local.hidden = torch.zeros_like(local.hidden)
@@ -164,30 +162,31 @@ class LayerwiseReference:
         return middle
 
     def _feed_forward(
-        self, i: int, layer: Layer, middle: Tensor, engine: Recorded, *, tapped: bool
+        self, i: int, layer: Layer, middle: Tensor, local: _Run | None, engine: Recorded
     ) -> Iterator[Compared]:
         """The second half of a layer; moves the own run on."""
         config, prefix = self.config, f"layers.{i}."
-        own_x = layer.ffn_norm(middle)[0]
-        residual = engine.rows(f"{prefix}residual")[1] if tapped else None
+        own_x = layer.ffn_input(middle, self._own.hidden)[0]
+        residual = read = None
+        if local is not None:
+            residual = engine.rows(f"{prefix}residual")[1]
+            read = layer.ffn_input(residual, local.hidden[0])
         if config.moe is None:
             mlp = layer.get_submodule("mlp")
             load_weights(mlp, self.checkpoint, f"{prefix}mlp.")
             branch = mlp(own_x)
-            if residual is not None:
-                yield self._compare(engine, i, "mlp", lambda _: mlp(layer.ffn_norm(residual)), branch)
+            if read is not None:
+                yield self._compare(engine, i, "mlp", lambda _: mlp(read), branch)
         else:
             moe = cast(MoE, layer.moe)
             load_weights(moe.router, self.checkpoint, f"{prefix}moe.router.")
             own_logits = moe.router(own_x)
-            if residual is None:
+            if read is None:
                 (branch,) = self._experts(i, [(own_x, own_logits, None)])
             else:
-                yield self._compare(
-                    engine, i, "router", lambda _: moe.router(layer.ffn_norm(residual)), own_logits, self._form.floats
-                )
+                yield self._compare(engine, i, "router", lambda _: moe.router(read), own_logits, self._form.floats)
                 rows, logits = engine.rows(f"{prefix}router")
-                x = layer.ffn_norm(residual)[rows]
+                x = read[rows]
                 roundings = [Rounding(self._form, self._generator) for _ in range(_DRAWS)]
                 branch, want, *off = self._experts(
                     i, [(own_x, own_logits, None), (x, logits, None), *((x, logits, each) for each in roundings)]
@@ -228,17 +227,22 @@ class LayerwiseReference:
             last = norm(config).eval()
         load_weights(last, self.checkpoint, "norm.")
         name = "embed.weight" if config.tie_embeddings else "lm_head.weight"
-        head = self.checkpoint.read(name).float()
+        table = self.checkpoint.read(name).float()
+        shift = self.checkpoint.read("lm_head.bias").float() if config.bias == "all" else None
+
+        def head(x: Tensor) -> Tensor:
+            return F.linear(last(x), table, shift)
+
         for j, (first, end) in enumerate(self._own.spans):
             for start in range(first, end, _LOGIT_ROWS):
                 hidden = self._own.hidden[0, start : min(start + _LOGIT_ROWS, end)]
-                yield j, start - first, F.linear(last(hidden), head)
+                yield j, start - first, head(hidden)
         if self._tapped:
             rows, output = engine.rows(f"layers.{config.num_layers - 1}.output")
-            want, noise, bias = self._draws(lambda _: F.linear(last(output), head), self._form.head)
+            want, noise, bias = self._draws(lambda _: head(output), self._form.head)
             found, got = engine.rows("logits")
             at = torch.searchsorted(rows, found)
-            own = F.linear(last(self._own.hidden[0, self._places[found]]), head)
+            own = head(self._own.hidden[0, self._places[found]])
             yield Compared(None, "logits", found, got, want[at], noise[at], bias[at], own)
 
     def _compare(
@@ -277,10 +281,10 @@ def _sizes(errors: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _read(layer: Layer, q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:
     """Attention of every sequence to itself, [1, n, H * Dh]."""
-    parts = [
-        layer.attn.read(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], mask)
-        for (a, b), mask in zip(run.spans, run.masks, strict=True)
-    ]
+    parts = []
+    for a, b in run.spans:
+        mask = attention_mask(layer.attn.config, torch.arange(b - a)[None], b - a)
+        parts.append(layer.attn.read(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], mask))
     return torch.cat(parts, dim=1)
 
 

@@ -68,7 +68,8 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
     _drop_notes(model)
     name_taps(model.graph, config)
     for name, table in zip(ROPE_TABLES, rope_tables(config, max_seq), strict=True):
-        model.graph.initializers[name].const_value = ir.tensor(table.to(torch_dtype), name=name)
+        if name in model.graph.initializers:  # ALiBi has none
+            model.graph.initializers[name].const_value = ir.tensor(table.to(torch_dtype), name=name)
     for name in config.tensor_shapes():
         value = model.graph.initializers[name]
         set_pack([value], identity_pack(value))

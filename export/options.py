@@ -9,7 +9,7 @@ from gatework.export.config import ModelConfig
 from gatework.export.targets import Target, target_for
 from gatework.plugins.errors import GateworkError
 
-MAX_TABLE_BYTES = 1 << 30  # of the rotary tables in a graph, [S_max, Dh/2] twice, float32
+MAX_TABLE_BYTES = 1 << 30  # of the rotary tables in a graph, [S_max, R/2] twice, float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +80,10 @@ class BuildOptions:
 
 def fit_length(config: ModelConfig, max_seq: int | None) -> int:
     """The cache length asked for, or the model's own."""
-    context = config.max_position_embeddings
-    length = context if max_seq is None else max_seq
-    if not 1 <= length <= context:
-        raise GateworkError("max_seq is out of range", got=length, expected=f"1 to {context}, the model's context")
-    if length * config.head_dim * 4 > MAX_TABLE_BYTES:
-        expected = f"at most {MAX_TABLE_BYTES // (config.head_dim * 4)}"
+    length, limit = config.max_position_embeddings if max_seq is None else max_seq, config.context_limit
+    if not 1 <= length <= limit:
+        raise GateworkError("max_seq is out of range", got=length, expected=f"1 to {limit}, the model's context")
+    if length * config.rotary_dim * 4 > MAX_TABLE_BYTES:
+        expected = f"at most {MAX_TABLE_BYTES // (config.rotary_dim * 4)}"
         raise GateworkError("max_seq is too large for tables of angles", got=length, expected=expected)
     return length

@@ -1,8 +1,8 @@
 """SmoothQuant (arXiv:2211.10438): outliers of activations move into the weights, where int8 takes them better.
 
 Channel j of a norm's output x is divided by s_j, and column j of every weight W [out, D] that x is multiplied with is
-multiplied by s_j, so that the products stay what they were: (x / s) (W s)^T = x W^T. No norm has a bias, so dividing its
-weight divides its output.
+multiplied by s_j, so that the products stay what they were: (x / s) (W s)^T = x W^T. Dividing a norm's weight, and its bias
+if it has one, divides its output.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ def balanced_products(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """
     fed: dict[str, tuple[str, ...]] = {}
     for i in range(config.num_layers):
-        fed[f"layers.{i}.attn_norm.weight"] = tuple(f"layers.{i}.attn.{name}.weight" for name in "qkv")
-        if config.moe is None:
+        beside = (f"layers.{i}.mlp.w_in",) if config.parallel else ()
+        fed[f"layers.{i}.attn_norm.weight"] = (*(f"layers.{i}.attn.{name}.weight" for name in "qkv"), *beside)
+        if config.moe is None and not config.parallel:
             fed[f"layers.{i}.ffn_norm.weight"] = (f"layers.{i}.mlp.w_in",)
     return fed | {"norm.weight": ("lm_head.weight",)}
 
@@ -43,7 +44,7 @@ def smoothing_factors(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tenso
 
 
 def balance_norm(weight: Tensor, factors: Sequence[float]) -> Tensor:
-    """A norm's weight [D], divided by the factors [D]; float32."""
+    """A norm's weight or bias [D], divided by the factors [D]; float32."""
     return weight.float() / torch.tensor(factors)
 
 

@@ -14,15 +14,16 @@ def name_taps(graph: ir.Graph, config: ModelConfig) -> None:
     (gather,) = (node for node in graph.initializers["embed.weight"].consumers() if node.op_type == "Gather")
     gather.outputs[0].name = "embedding"
     for i in range(config.num_layers):
-        attention = _product(graph, f"layers.{i}.attn.o.weight")
-        residual = _sum_with(attention.outputs[0])
+        project = _product(graph, f"layers.{i}.attn.o.weight")
+        attention = _with_bias(project.outputs[0])
+        residual = _sum_with(attention)
         values: dict[str, ir.Value | None] = {
-            "context": attention.inputs[0],
-            "attention": attention.outputs[0],
+            "context": project.inputs[0],
+            "attention": attention,
             "residual": residual,
         }
         if config.moe is None:
-            branch = _product(graph, f"layers.{i}.mlp.w_out").outputs[0]
+            branch = _with_bias(_product(graph, f"layers.{i}.mlp.w_out").outputs[0])
             values["mlp"] = branch
         else:
             router = values["router"] = _product(graph, f"layers.{i}.moe.router.weight").outputs[0]
@@ -44,6 +45,13 @@ def _product(graph: ir.Graph, weight: str) -> ir.Node:
         (node,) = node.outputs[0].consumers()
     assert node.op_type in ("MatMul", "Gemm"), node.op_type
     return node
+
+
+def _with_bias(product: ir.Value) -> ir.Value:
+    """The product's result, after its bias was added if it has one."""
+    (user,) = product.consumers()
+    has_bias = any(value is not None and value.is_initializer() for value in user.inputs)
+    return user.outputs[0] if user.op_type == "Add" and has_bias else product
 
 
 def _sum_with(branch: ir.Value) -> ir.Value:

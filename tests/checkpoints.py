@@ -25,6 +25,13 @@ BASE: dict[str, Any] = {
     "rope_theta": 1e4,
 }
 MOE: dict[str, Any] = {"num_experts": 8, "top_k": 2}
+MPT: dict[str, Any] = BASE | {
+    "num_kv_heads": 4,
+    "intermediate_size": 256,
+    "tie_embeddings": True,
+    "alibi_bias_max": 8.0,
+}
+SIX_HEADS: dict[str, Any] = {"hidden_size": 96, "num_heads": 6, "num_kv_heads": 6, "intermediate_size": 384}
 TABLE: dict[str, tuple[str, dict[str, Any]]] = {  # model -> (model_type, sizes)
     "llama1": ("llama", BASE | {"intermediate_size": 172, "num_kv_heads": 4, "norm_eps": 1e-6}),
     "llama2": ("llama", BASE),
@@ -37,6 +44,9 @@ TABLE: dict[str, tuple[str, dict[str, Any]]] = {  # model -> (model_type, sizes)
     "qwen3": ("qwen3", BASE | {"head_dim": 32, "norm_eps": 1e-6, "tie_embeddings": True}),
     "qwen3_moe": ("qwen3_moe", BASE | MOE | {"head_dim": 32, "norm_eps": 1e-6, "renormalize": True}),
     "olmoe": ("olmoe", BASE | MOE | {"renormalize": False, "qkv_clip": 2.0}),
+    "phi": ("phi", BASE | {"hidden_size": 128, "num_kv_heads": 4, "rope_dim": 16}),  # of 32
+    "mpt": ("mpt", MPT),
+    "mpt-clip": ("mpt", MPT | SIX_HEADS | {"qkv_clip": 2.0}),
 }
 
 # Odd sizes that the issue asks for, one table for every test that sweeps them.
@@ -73,12 +83,18 @@ def hf_config(model: str, **overrides: Any) -> transformers.PreTrainedConfig:
     sizes = sizes | overrides
     if model_type == "dbrx":
         return dbrx_config(sizes)
+    if model_type == "mpt":
+        return mpt_config(sizes)
     if model_type == "qwen3_moe":
         sizes["moe_intermediate_size"] = sizes["intermediate_size"]
         sizes["intermediate_size"] *= 2  # of dense layers: none is there
     if model_type == "olmoe" and "head_dim" in sizes:
         sizes["hidden_size"] = sizes.pop("head_dim") * sizes["num_heads"]
     tokens = {"eos_token_id": None} if model_type == "olmoe" else {}  # its default is beyond these vocabularies
+    if model_type == "phi":
+        sizes["layer_norm_eps"] = sizes.pop("norm_eps")
+        width = sizes.get("head_dim", sizes["hidden_size"] // sizes["num_heads"])
+        sizes["partial_rotary_factor"] = sizes.pop("rope_dim") / width
     theta = sizes.pop("rope_theta")
     fields = tokens | {HF_NAMES.get(name, name): value for name, value in sizes.items()}
     rope = {"rope_type": "default", "rope_theta": theta}
@@ -114,6 +130,26 @@ def dbrx_config(sizes: dict[str, Any]) -> transformers.DbrxConfig:
     return config
 
 
+def mpt_config(sizes: dict[str, Any]) -> transformers.MptConfig:
+    """MPT's nested config. Its MLP is four times as wide as the model, and its heads share the model's width."""
+    sizes = dict(sizes)
+    if "head_dim" in sizes:
+        sizes["hidden_size"] = sizes.pop("head_dim") * sizes["num_heads"]
+    del sizes["rope_theta"], sizes["num_kv_heads"], sizes["intermediate_size"]  # they follow from the others, if any
+    config = transformers.MptConfig(
+        d_model=sizes.pop("hidden_size"),
+        n_heads=sizes.pop("num_heads"),
+        n_layers=sizes.pop("num_layers"),
+        max_seq_len=sizes.pop("max_position_embeddings"),
+        vocab_size=sizes.pop("vocab_size"),
+        layer_norm_epsilon=sizes.pop("norm_eps"),
+        tie_word_embeddings=sizes.pop("tie_embeddings"),
+        attn_config={"alibi_bias_max": int(sizes.pop("alibi_bias_max")), "clip_qkv": sizes.pop("qkv_clip", None)},
+    )
+    assert not sizes, f"MPT has no {sorted(sizes)}"
+    return config
+
+
 def random_model(config: transformers.PreTrainedConfig, seed: int) -> transformers.PreTrainedModel:
     """A float32 model whose matrices are drawn with std 0.15 and whose norms lie around 1."""
     with torch.random.fork_rng():
@@ -123,7 +159,7 @@ def random_model(config: transformers.PreTrainedConfig, seed: int) -> transforme
         )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "norm" in name and parameter.dim() == 1:
+                if "norm" in name and parameter.dim() == 1 and not name.endswith("bias"):
                     parameter.normal_(1.0, 0.1)
                 else:
                     parameter.normal_(0.0, 0.15)

@@ -33,6 +33,11 @@ LINEARS = {
     "mlp.gate_proj": ("mlp.w_in",),
     "mlp.up_proj": ("mlp.w_in",),
     "mlp.down_proj": ("mlp.w_out",),
+    "self_attn.dense": ("attn.o.weight",),
+    "mlp.fc1": ("mlp.w_in",),
+    "mlp.fc2": ("mlp.w_out",),
+    "ffn.up_proj": ("mlp.w_in",),
+    "ffn.down_proj": ("mlp.w_out",),
 }
 NORMS = {"attn.q.weight": "attn_norm", "attn.k.weight": "attn_norm", "attn.v.weight": "attn_norm"}
 NORMS |= {"mlp.w_in": "ffn_norm"}  # whose output a product reads
@@ -151,13 +156,18 @@ class FakeQuantised:
     def _factors(self, name: str) -> Tensor | None:
         """What divides the input of a product, and multiplies the columns of its weight."""
         match = re.fullmatch(r"(layers\.\d+\.)(.*)", name)
-        norm = f"{match[1]}{NORMS.get(match[2])}.weight" if match else "norm.weight"
+        norm = NORMS.get(match[2]) if match else None
+        if norm == "ffn_norm" and self.model.config.model_type == "phi":
+            norm = "attn_norm"  # attention and MLP read one norm
+        norm = f"{match[1]}{norm}.weight" if match else "norm.weight"
         found: Any = self.calibration.smooth.get(norm) if self.calibration is not None else None
         return None if found is None else torch.tensor(found)
 
     def _rows(self, name: str) -> int:
-        """Rows of q, k or v in DBRX's fused matrix."""
+        """Rows of q, k or v in a fused matrix, DBRX's or MPT's."""
         config = self.model.config
+        if config.model_type == "mpt":
+            return config.d_model
         heads = config.n_heads if ".attn.q." in name else config.attn_config.kv_n_heads
         return heads * config.d_model // config.n_heads
 

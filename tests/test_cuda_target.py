@@ -42,7 +42,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("fp16", "mixtral", {}),
     ("fp16", "dbrx", {"head_dim": 24}),
     ("fp16", "mistral", {}),
+    ("fp16", "phi", {}),
     ("int8", "mixtral", {}),
+    ("int4", "phi", {}),
     ("int4", "mixtral", {}),
     ("int4", "mixtral", {"num_experts": 5, "top_k": 3, "intermediate_size": 50}),
     ("int4", "dbrx", {}),
@@ -105,7 +107,7 @@ def test_an_eight_layer_mixtral_gives_the_cpu_engines_tokens(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
-@pytest.mark.parametrize("model", ["mixtral", "dbrx", "mistral"])
+@pytest.mark.parametrize("model", ["mixtral", "dbrx", "mistral", "phi"])
 def test_bfloat16_graphs_are_well_typed(tmp_path: Path, model: str, precision: str) -> None:
     """ONNX Runtime infers types and shapes of a whole graph before it looks for kernels, which it has none of on CPUs."""
     path = make_checkpoint(tmp_path, model)
@@ -115,7 +117,7 @@ def test_bfloat16_graphs_are_well_typed(tmp_path: Path, model: str, precision: s
     graph = onnx.load(engine / "model.onnx", load_external_data=False).graph
     ops = Counter(node.op_type for node in graph.node)
     assert ops["GroupQueryAttention"] == 2
-    assert ops["MoE" if precision == "bf16" else "QMoE"] == (0 if model == "mistral" else 2)
+    assert ops["MoE" if precision == "bf16" else "QMoE"] == (2 if model in ("mixtral", "dbrx") else 0)
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
     assert types["past.0.k"] == types["present.1.v"] == onnx.TensorProto.BFLOAT16
     assert types["logits"] == onnx.TensorProto.FLOAT
@@ -131,6 +133,13 @@ def test_a_wrongly_typed_graph_is_noticed(tmp_path: Path) -> None:
     onnx.save(model, engine / "model.onnx")
     with pytest.raises(Exception, match=r"Type Error: Type parameter .* bound to different types"):
         ort.InferenceSession(engine / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+def test_alibi_is_refused(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "mpt")
+    with pytest.raises(GateworkError, match=r"no kernel for ALiBi; fix: use --target cpu"):
+        build_engine(path, tmp_path / "engine", target="cuda", precision="bf16", max_seq=32)
+    assert not (tmp_path / "engine").exists()
 
 
 def nodes_of(path: Path, tmp_path: Path, precision: str) -> list[onnx.NodeProto]:

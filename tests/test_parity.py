@@ -54,6 +54,18 @@ def test_engine_equals_transformers(tmp_path: Path, model: str, seed: int, sizes
     check_logits(OrtBackend(Engine.open(engine), max_batch=2), prompts, sequences)
 
 
+@torch.inference_mode()
+def test_alibi_goes_past_the_models_own_context(tmp_path: Path) -> None:
+    """The oracle is the same model with a longer table."""
+    path = make_checkpoint(tmp_path, "mpt-clip", max_position_embeddings=16)
+    engine = build_engine(path, tmp_path / "engine", precision="fp32", max_seq=80, max_batch=2, prefill_chunk=8)
+    oracle = reference_model(path)
+    oracle.config.max_seq_len = 80
+    tokens = np.random.default_rng(0).integers(0, 128, 72).tolist()
+    sequence = (tokens, oracle(torch.tensor([tokens])).logits[0].numpy())
+    check_logits(OrtBackend(Engine.open(engine), max_batch=2), [tokens[:8], tokens[:5]], [sequence, sequence])
+
+
 def check_logits(backend: OrtBackend, prompts: list[list[int]], sequences: list[tuple[list[int], np.ndarray]]) -> None:
     """Teacher-forced: prefill in chunks, then decode both rows together, comparing the logits of every step."""
     for slot, prompt in enumerate(prompts):

@@ -37,6 +37,8 @@ CASES = [
         ("dbrx", {}),
         ("qwen3_moe", {}),
         ("olmoe", {}),
+        ("phi", {}),
+        ("mpt-clip", {"tie_embeddings": False}),
     ]
 ]
 

@@ -44,6 +44,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
     "odd mixtral": ("mixtral", {"hidden_size": 144, "intermediate_size": 151, "vocab_size": 131}),
     "dbrx": ("dbrx", {}),
+    "phi": ("phi", {}),
+    "mpt": ("mpt-clip", {}),
 }
 PRECISIONS = ("bf16", "fp8", "int8", "int8 smoothed", "int4")
 

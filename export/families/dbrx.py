@@ -7,7 +7,7 @@ from typing import Any
 from gatework.export.config import ModelConfig, MoEConfig
 from gatework.export.families import hf, layouts
 from gatework.export.families.fields import Fields
-from gatework.export.weights import Piece, Weight, WeightMap
+from gatework.export.weights import WeightMap
 
 
 def read_config(raw: dict[str, Any]) -> ModelConfig:
@@ -77,18 +77,7 @@ def weight_map(config: ModelConfig) -> WeightMap:
             f"{ours}.ffn_norm.weight": f"{theirs}.norm_attn_norm.norm_2.weight",
             f"{ours}.moe.router.weight": f"{theirs}.ffn.router.layer.weight",
         }
-        weights |= qkv(config, ours, f"{theirs}.norm_attn_norm.attn.Wqkv.weight")
+        weights |= layouts.fused_qkv(config, ours, f"{theirs}.norm_attn_norm.attn.Wqkv")
         experts = (f"{theirs}.ffn.experts.mlp.{part}" for part in ("w1", "v1", "w2"))
         weights |= layouts.stacked_experts(config, ours, *experts)
     return weights | {ours: layouts.whole(shapes[ours], theirs) for ours, theirs in names.items()}
-
-
-def qkv(config: ModelConfig, ours: str, name: str) -> WeightMap:
-    """q, k and v of one layer: row ranges of the fused matrix, in that order."""
-    D, q = config.hidden_size, config.num_heads * config.head_dim
-    kv = config.num_kv_heads * config.head_dim
-    ranges = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
-    return {
-        f"{ours}.attn.{part}.weight": Weight((b - a, D), (Piece(name=name, shape=(q + 2 * kv, D), rows=(a, b)),))
-        for part, (a, b) in ranges.items()
-    }

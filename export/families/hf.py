@@ -43,14 +43,17 @@ class Defaults:
     sliding_window: int | None = None
 
 
-def read_config(family: str, fields: Fields, defaults: Defaults, moe: MoEConfig | None = None) -> ModelConfig:
-    """ModelConfig of a config in LLaMA's vocabulary.
+def read_config(
+    family: str, fields: Fields, defaults: Defaults, moe: MoEConfig | None = None, *, own: tuple[str, ...] = ()
+) -> ModelConfig:
+    """ModelConfig of a config in LLaMA's vocabulary. own: fields of `INERT` that the family reads itself.
 
     Raises GateworkError naming the field that is missing, wrong, or asks for a feature that Gatework does not have.
     """
     refuse_architecture(fields, defaults.architectures)
     for key, allowed in INERT.items():
-        fields.refuse_unless(key, *allowed)
+        if key not in own:
+            fields.refuse_unless(key, *allowed)
     num_heads = fields.integer("num_attention_heads")
     hidden_size = fields.integer("hidden_size")
     silent_kv_heads = num_heads if "num_key_value_heads" in fields else defaults.num_kv_heads or num_heads
@@ -68,7 +71,7 @@ def read_config(family: str, fields: Fields, defaults: Defaults, moe: MoEConfig 
             "max_position_embeddings", fields.integer("max_sequence_length", defaults.max_position_embeddings)
         ),
         norm_eps=fields.number("rms_norm_eps", defaults.norm_eps),
-        rope_theta=rope_theta(fields, defaults.rope_theta),
+        rope_theta=rope_theta(fields, defaults.rope_theta, partial="partial_rotary_factor" in own),
         sliding_window=layer_window(fields, window),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         moe=moe,
@@ -106,20 +109,36 @@ def head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
     return hidden_size // num_heads
 
 
-def rope_theta(fields: Fields, default: float) -> float:
-    """RoPE base from `rope_parameters` (transformers 5) or from the top level (before); scaled kinds are refused."""
+def rope_theta(fields: Fields, default: float, *, partial: bool = False) -> float:
+    """RoPE base from `rope_parameters` (transformers 5) or from the top level (before); scaled kinds are refused.
+
+    partial: heads may rotate in part, see `rotary_part`.
+    """
     for key in ("rope_scaling", "rope_parameters"):
         rope = fields.nested(key)
         for kind in ("rope_type", "type"):
             rope.refuse_unless(kind, "default")
-        rope.refuse_unless("partial_rotary_factor", 1)
+        if not partial:
+            rope.refuse_unless("partial_rotary_factor", 1)
         for name in rope.raw:
             if name not in ("rope_type", "type", "rope_theta", "partial_rotary_factor"):
                 raise rope.unsupported(name, "unscaled rotary embedding")
-    given = {fields.number("rope_theta", None), fields.nested("rope_parameters").number("rope_theta", None)} - {None}
+    return _of_rope(fields, "rope_theta", default)
+
+
+def rotary_part(fields: Fields, default: float) -> float:
+    """The share of a head that rotates, under either name as well."""
+    part = _of_rope(fields, "partial_rotary_factor", default)
+    if not 0 < part <= 1:
+        raise fields.error("partial_rotary_factor", part, "above 0, at most 1")
+    return part
+
+
+def _of_rope(fields: Fields, name: str, default: float) -> float:
+    given = {fields.number(name, None), fields.nested("rope_parameters").number(name, None)} - {None}
     if len(given) > 1:
         both = " and ".join(map(str, sorted(given)))
-        raise fields.error("rope_theta", both, "one value at the top level and in rope_parameters")
+        raise fields.error(name, both, "one value at the top level and in rope_parameters")
     return given.pop() if given else default
 
 

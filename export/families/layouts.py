@@ -18,6 +18,21 @@ def mlp(config: ModelConfig, ours: str, gate: str, up: str, down: str) -> Weight
     return {f"{ours}.mlp.w_in": Weight((2 * I, D), w_in), f"{ours}.mlp.w_out": whole((D, I), down)}
 
 
+def fused_qkv(config: ModelConfig, ours: str, name: str) -> WeightMap:
+    """q, k and v of layer `ours`: row ranges of the fused matrix `{name}.weight`, in that order, and of its bias."""
+    D, q = config.hidden_size, config.num_heads * config.head_dim
+    kv = config.num_kv_heads * config.head_dim
+    total, columns = q + 2 * kv, {"weight": (D,), "bias": ()} if config.bias else {"weight": (D,)}
+    ranges = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, total)}
+    return {
+        f"{ours}.attn.{part}.{kind}": Weight(
+            (b - a, *rest), (Piece(name=f"{name}.{kind}", shape=(total, *rest), rows=(a, b)),)
+        )
+        for part, (a, b) in ranges.items()
+        for kind, rest in columns.items()
+    }
+
+
 def experts(config: ModelConfig, ours: str, theirs: str, parts: tuple[str, str, str] = ("w1", "w3", "w2")) -> WeightMap:
     """Expert weights stored one by one, as `{theirs}.{e}.{part}.weight`; parts: the names of gate, up and down."""
     assert config.moe is not None

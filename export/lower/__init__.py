@@ -20,6 +20,7 @@ from gatework.export.lower.moe import to_contrib_moe
 from gatework.export.lower.norm import fuse_residual_norm
 from gatework.export.lower.packed import to_packed_matmul, to_packed_moe
 from gatework.export.lower.products import Scales, quantize_products
+from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import WeightFormat
 
 GpuPrecision = Literal["bf16", "fp16", "fp8", "int8", "int4"]
@@ -63,6 +64,8 @@ def lower_to_cuda(model: ir.Model, config: ModelConfig, precision: OrtPrecision,
 
 
 def _lower_to_ort(model: ir.Model, config: ModelConfig, bits: int | None, group: int, kernels: Kernels) -> ir.Model:
+    if config.alibi_bias_max is not None and not kernels.attention_bias:
+        raise GateworkError("this target has no kernel for ALiBi", fix="use --target cpu, or one of TensorRT's")
     model, _ = hoist_last_position(model)
     if kernels.fused_attention:
         model, _ = to_group_query_attention(model, config, query_lengths=kernels.query_lengths)

@@ -2,47 +2,58 @@
 
 Pre: RotaryEmbedding / TensorScatter / Attention as the decoder traces them. Where q and k are normalised, the one product is
 split again, and the operator takes three inputs.
-Post: no Attention, TensorScatter or mask is left, unless head_dim is not a multiple of 16, which the kernel demands; such
-a model keeps the standard operators.
+Post: no Attention, TensorScatter or mask is left, unless a head's width, or its part that rotates, is not a multiple of 16,
+which the kernel demands; such a model keeps the standard operators.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 
 from gatework.export.config import ModelConfig
+from gatework.export.decoder import alibi_slopes
 from gatework.export.lower.graph import MS, Builder, linear_weight, producer, replace
-from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
+from gatework.export.packing import Pack, TensorSpec, add_packed, is_weight, pack_of, static_shape
 
-_SEQLENS_K, _QUERY_SEQLENS = 5, 16  # input indices of GroupQueryAttention
+_SEQLENS_K, _ATTENTION_BIAS, _QUERY_SEQLENS = 5, 10, 16  # input indices of GroupQueryAttention
 
 
 class Lengths(NamedTuple):
-    """int32: keys per row after this step less one, their maximum over the batch, and, if asked for, new tokens per row."""
+    """int32: keys per row after this step less one, their maximum over the batch, and, if asked for, new tokens per row.
+
+    end: that maximum once more, int64.
+    """
 
     seqlens_k: ir.Value
     total: ir.Value
+    end: ir.Value
     query: ir.Value | None
 
-    def before(self, cos: ir.Value | None, sin: ir.Value | None) -> list[ir.Value | None]:
-        """The operator's inputs behind the past cache."""
-        inputs: list[ir.Value | None] = [self.seqlens_k, self.total, cos, sin]
-        if self.query is not None:
-            inputs += [None] * (_QUERY_SEQLENS - _SEQLENS_K - len(inputs)) + [self.query]
+    def before(self, tables: Sequence[ir.Value | None], bias: ir.Value | None) -> list[ir.Value | None]:
+        """The operator's inputs behind the past cache; tables: cos and sin."""
+        inputs: list[ir.Value | None] = [self.seqlens_k, self.total, *tables]
+        for index, value in ((_ATTENTION_BIAS, bias), (_QUERY_SEQLENS, self.query)):
+            if value is not None:
+                inputs += [None] * (index - _SEQLENS_K - len(inputs)) + [value]
         return inputs
 
 
 def to_group_query_attention(model: ir.Model, config: ModelConfig, *, query_lengths: bool) -> tuple[ir.Model, bool]:
     """Rewrite every attention layer; `query_lengths` gives the operator its optional input of that meaning."""
-    if config.head_dim % 16:
+    if config.head_dim % 16 or config.rotary_dim % 16:
         return model, False
     attentions = [node for node in model.graph if node.op_type == "Attention"]
     lengths = attention_lengths(model.graph, query_lengths=query_lengths)
+    bias = None
+    if attentions and config.alibi_bias_max is not None:
+        slopes = Builder(model.graph, attentions[0]).constant(alibi_slopes(config)[:, None, None].numpy())
+        bias = alibi_bias(model.graph, attentions[0], lengths, slopes)
     for node in attentions:
-        _rewrite(model.graph, node, config, lengths)
+        _rewrite(model.graph, node, config, lengths, bias)
     return model, bool(attentions)
 
 
@@ -59,27 +70,42 @@ def attention_lengths(graph: ir.Graph, *, query_lengths: bool) -> Lengths:
     (total64,) = build.op("Add", longest, one)
     (total,) = build.op("Cast", total64, to=ir.DataType.INT32)
     if not query_lengths:
-        return Lengths(seqlens_k, total, None)
+        return Lengths(seqlens_k, total, total64, None)
     (batch,) = build.op("Shape", inputs["input_ids"], start=0, end=1)
     (rows,) = build.op("Expand", seq, batch)
     (query,) = build.op("Cast", rows, to=ir.DataType.INT32)
-    return Lengths(seqlens_k, total, query)
+    return Lengths(seqlens_k, total, total64, query)
 
 
-def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: Lengths) -> None:
-    q_rope, k_write, v_write = (value.producer() for value in node.inputs[:3] if value is not None)
-    assert q_rope is not None and k_write is not None and v_write is not None
-    k_rope = producer(k_write.inputs[1], "RotaryEmbedding")
-    assert q_rope.op_type == "RotaryEmbedding" and k_rope is not None
+def alibi_bias(graph: ir.Graph, before: ir.Node, lengths: Lengths, slopes: ir.Value) -> ir.Value:
+    """Slope [H, 1, 1] times (key - query) for every query of this step and key that there is: [B, H, S, total] float32."""
+    (positions,) = (value for value in graph.inputs if value.name == "position_ids")
+    build = Builder(graph, before)
+    start, step = (build.constant(np.array(number, np.int64)) for number in (0, 1))
+    (keys,) = build.op("Range", start, lengths.end, step)
+    (queries,) = build.op("Unsqueeze", positions, build.constant(np.array([1, 3], np.int64)))
+    (distance,) = build.op("Sub", keys, queries)
+    (distance,) = build.op("Cast", distance, to=ir.DataType.FLOAT)
+    return build.op("Mul", distance, slopes)[0]
+
+
+def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: Lengths, bias: ir.Value | None) -> None:
+    k_write, v_write = (value.producer() for value in node.inputs[1:3] if value is not None)
+    assert k_write is not None and v_write is not None
     build = Builder(graph, node)
-    heads = [q_rope.inputs[0], k_rope.inputs[0], v_write.inputs[1]]
+    heads = [node.inputs[0], k_write.inputs[1], v_write.inputs[1]]
+    tables: list[ir.Value | None] = [None, None]
+    if config.rotary_dim:
+        q_rope, k_rope = (producer(value, "RotaryEmbedding") for value in heads[:2])
+        assert q_rope is not None and k_rope is not None
+        heads[:2], tables = [q_rope.inputs[0], k_rope.inputs[0]], list(q_rope.inputs[1:3])
     projected: list[ir.Value | None]
     if config.qk_norm is None:
         projected = [_packed_projection(graph, build, heads, config.qkv_clip), None, None]
     else:
         projected = [*_split_projection(graph, build, heads, config)]
     past = (k_write.inputs[0], v_write.inputs[0])
-    inputs = [*projected, *past, *lengths.before(q_rope.inputs[1], q_rope.inputs[2])]
+    inputs = [*projected, *past, *lengths.before(tables, bias)]
     y, present_k, present_v = build.op(
         "GroupQueryAttention",
         *inputs,
@@ -87,7 +113,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: Lengt
         outputs=3,
         num_heads=config.num_heads,
         kv_num_heads=config.num_kv_heads,
-        do_rotary=1,
+        do_rotary=int(config.rotary_dim > 0),
         scale=float(node.attributes["scale"].value),
         local_window_size=config.sliding_window or -1,
     )
@@ -115,7 +141,7 @@ def _split_projection(
     widths = np.array([static_shape(_weight(matmul))[0] for matmul in matmuls], np.int64)
     parts = first.op("Split", packed, first.constant(widths), axis=-1, outputs=3)
     for matmul, part in zip(matmuls, parts, strict=True):
-        replace(matmul.outputs[0], part)
+        replace(matmul.outputs[0] if _bias(matmul) is None else _only_user(matmul).outputs[0], part)
     return [_with_heads_side_by_side(build, value) for value in heads]
 
 
@@ -131,22 +157,14 @@ def _with_heads_side_by_side(build: Builder, value: ir.Value | None) -> ir.Value
 
 
 def _packed_projection(graph: ir.Graph, build: Builder, heads: list[ir.Value | None], clip: float | None) -> ir.Value:
-    """One product x [Wq; Wk; Wv]^T, clipped like the three that it replaces: [B, S, (H + 2 Hkv) * Dh]."""
+    """One product x [Wq; Wk; Wv]^T, with the bias and clip of the three that it replaces: [B, S, (H + 2 Hkv) * Dh]."""
     matmuls = [_projection(value) for value in heads]
-    weights = [_weight(matmul) for matmul in matmuls]
-    shapes = [static_shape(weight) for weight in weights]
-    specs = [pack_of(weight) for weight in weights]
-    spec = specs[0].outputs[0]
-    name = spec.name.replace(".q.", ".qkv.")
-    rows = sum(shape[0] for shape in shapes)
-    pack = Pack(
-        tuple(source for pack in specs for source in pack.sources),
-        (TensorSpec(name, spec.dtype, (rows, shapes[0][1])),),
-        specs[0].encode,
-    )
-    (packed,) = add_packed(graph, pack)
+    packed = _stacked(graph, [_weight(matmul) for matmul in matmuls])
     (transposed,) = build.op("Transpose", packed, perm=[1, 0])
     (qkv,) = build.op("MatMul", matmuls[0].inputs[0], transposed)
+    biases = [bias for matmul in matmuls if (bias := _bias(matmul)) is not None]
+    if biases:
+        (qkv,) = build.op("Add", qkv, _stacked(graph, biases))
     if clip is not None:
         assert packed.dtype is not None
         qkv.dtype = packed.dtype
@@ -155,9 +173,31 @@ def _packed_projection(graph: ir.Graph, build: Builder, heads: list[ir.Value | N
     return qkv
 
 
+def _stacked(graph: ir.Graph, parts: list[ir.Value]) -> ir.Value:
+    """The weights or biases of q, k and v, one below the other."""
+    packs = [pack_of(part) for part in parts]
+    spec, shapes = packs[0].outputs[0], [static_shape(part) for part in parts]
+    shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
+    sources = tuple(source for pack in packs for source in pack.sources)
+    name = spec.name.replace(".q.", ".qkv.")
+    (stacked,) = add_packed(graph, Pack(sources, (TensorSpec(name, spec.dtype, shape),), packs[0].encode))
+    return stacked
+
+
+def _bias(matmul: ir.Node) -> ir.Value | None:
+    """What is added to a product of its own."""
+    user = _only_user(matmul)
+    return next((value for value in user.inputs if user.op_type == "Add" and is_weight(value)), None)
+
+
+def _only_user(node: ir.Node) -> ir.Node:
+    (user,) = node.outputs[0].consumers()
+    return user
+
+
 def _projection(value: ir.Value | None) -> ir.Node:
-    """The MatMul behind Transpose, Reshape and, where the model normalises or clips, RMSNormalization or Clip."""
-    while (node := producer(value, "Transpose", "Reshape", "RMSNormalization", "Clip")) is not None:
+    """The MatMul behind Transpose, Reshape and, where the model adds a bias, normalises or clips, what does that."""
+    while (node := producer(value, "Transpose", "Reshape", "RMSNormalization", "Clip", "Add")) is not None:
         value = node.inputs[0]
     matmul = producer(value, "MatMul")
     assert matmul is not None

@@ -4,35 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
-from gatework.export.lower.attention import attention_lengths
-from gatework.export.lower.graph import MS, Builder, replace
+from gatework.export.lower.attention import alibi_bias, attention_lengths
+from gatework.export.lower.graph import MS, Builder, producer, replace
+from gatework.export.packing import static_shape
 from gatework.plugins.moe import cpu_ops
 from gatework.plugins.moe.spec import DOMAIN
 
 _CONTRIB = "GroupQueryAttention"
-_SIDE_BY_SIDE = (0, 3, 4, 7, 8, 1, 2)  # its inputs q (or q|k|v), past k and v, cos, sin, k, v
-_EXTRA = slice(9, 16)  # its inputs that CachedAttention has not
+_INPUTS = (0, 3, 4, 7, 8, 1, 2)  # of it: q (or q|k|v), past k and v, cos, sin, k, v
+_BIAS, _SINKS = 10, 11
+_OUR_INPUTS = 9
 
 
 def to_cached_attention(model: ir.Model) -> tuple[ir.Model, bool]:
-    """Replace every GroupQueryAttention that has neither bias nor sinks."""
-    starts = next(value for value in model.graph.inputs if value.name == "write_indices")
+    """Replace every GroupQueryAttention that has no sinks."""
+    graph = model.graph
+    (starts,) = (value for value in graph.inputs if value.name == "write_indices")
     modified = False
-    for node in [node for node in model.graph if node.op_type == _CONTRIB]:
-        if any(node.inputs[_EXTRA]):
+    for node in [node for node in graph if node.op_type == _CONTRIB]:
+        given = [*node.inputs, *[None] * (_SINKS + 1 - len(node.inputs))]
+        if given[_SINKS] is not None:
             continue
-        q, past_k, past_v, cos, sin, k, v = (node.inputs[place] for place in _SIDE_BY_SIDE)
-        given = {name: attribute.value for name, attribute in node.attributes.items()}
-        settings = {name: given[name] for name in ("num_heads", "kv_num_heads", "scale")}
-        settings |= {"softcap": given.get("softcap", 0.0), "window": max(given["local_window_size"], 0)}
-        separate = [k, v] if k is not None else []
-        inputs = [q, past_k, past_v, starts, cos, sin, *separate]
-        outputs = Builder(model.graph, node).op(cpu_ops.ATTENTION, *inputs, domain=DOMAIN, outputs=3, **settings)
-        _take_over(node, outputs)
+        q, past_k, past_v, cos, sin, k, v = (given[place] for place in _INPUTS)
+        assert past_k is not None
+        build = Builder(graph, node)
+        if cos is None:
+            cos = sin = build.constant(np.zeros((static_shape(past_k)[2], 0), np.float32))
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        settings = {name: attributes[name] for name in ("num_heads", "kv_num_heads", "scale")}
+        settings |= {"softcap": attributes.get("softcap", 0.0), "window": max(attributes["local_window_size"], 0)}
+        inputs = [q, past_k, past_v, starts, cos, sin, k, v, _slopes(given[_BIAS])]
+        while inputs[-1] is None:
+            inputs.pop()
+        _take_over(node, build.op(cpu_ops.ATTENTION, *inputs, domain=DOMAIN, outputs=3, **settings))
         modified = True
     return model, modified
+
+
+def _slopes(bias: ir.Value | None) -> ir.Value | None:
+    """ALiBi's, out of the bias that `alibi_bias` makes of them."""
+    multiply = producer(bias, "Mul")
+    return None if multiply is None else multiply.inputs[1]
 
 
 def to_group_query_attention(model: ir.Model) -> tuple[ir.Model, bool]:
@@ -41,12 +56,18 @@ def to_group_query_attention(model: ir.Model) -> tuple[ir.Model, bool]:
     if not nodes:
         return model, False
     lengths = attention_lengths(model.graph, query_lengths=True)
+    bias = None
     for node in nodes:
-        q, past_k, past_v, _, cos, sin, *separate = node.inputs
+        given: list[ir.Value | None] = [*node.inputs, *[None] * (_OUR_INPUTS - len(node.inputs))]
+        q, past_k, past_v, _, cos, sin, k, v, slopes = given
+        if slopes is not None and bias is None:
+            bias = alibi_bias(model.graph, node, lengths, slopes)
+        rotary = cos is not None and static_shape(cos)[1] > 0
         settings = {name: attribute.value for name, attribute in node.attributes.items()}
         window = settings.pop("window")
-        settings |= {"do_rotary": 1, "local_window_size": window or -1}
-        inputs = [q, *(separate or (None, None)), past_k, past_v, *lengths.before(cos, sin)]
+        settings |= {"do_rotary": int(rotary), "local_window_size": window or -1}
+        tables = (cos, sin) if rotary else (None, None)
+        inputs = [q, k, v, past_k, past_v, *lengths.before(tables, bias)]
         _take_over(node, Builder(model.graph, node).op(_CONTRIB, *inputs, domain=MS, outputs=3, **settings))
     return model, True
 

@@ -1,7 +1,8 @@
 """Take the last position before the last feed-forward layer instead of after it: no other position's result is read.
 
 Pre: the canonical graph, whose logits are those of the last position, and whose last feed-forward layer treats every token by
-itself. Post: the last layer's feed-forward norm, its MoE or MLP, and the residual sum around it run on [B, 1, D].
+itself. Post: the last layer's feed-forward norm, if it has one of its own, its MoE or MLP, and the residual sum around it
+run on [B, 1, D].
 """
 
 from __future__ import annotations
@@ -22,10 +23,17 @@ def hoist_last_position(model: ir.Model) -> tuple[ir.Model, bool]:
     residual, branch = add.inputs
     assert residual is not None
     users = [user for user, _ in residual.uses()]  # the layer's norm, and the sum itself
-    norm = next(user for user in users if user is not add)
-    (position,) = Builder(model.graph, norm).op("Slice", residual, *last.inputs[1:])
+    norm = next((user for user in users if user is not add), None)
+    before = norm if norm is not None else _reader_of_norm(branch)
+    (position,) = Builder(model.graph, before).op("Slice", residual, *last.inputs[1:])
     for user in users:
         user.replace_input_with(list(user.inputs).index(residual), position)
+    if norm is None:
+        x = before.inputs[0]
+        assert x is not None and x.dtype is not None
+        (normed,) = Builder(model.graph, before).op("Slice", x, *last.inputs[1:])
+        normed.dtype = x.dtype
+        before.replace_input_with(0, normed)
     reshape = producer(branch, "Reshape")  # tokens of a MoE [T, D] back to [B, S, D], where S is 1 now
     if reshape is not None:
         (shape,) = Builder(model.graph, reshape).op("Shape", position)
@@ -35,6 +43,15 @@ def hoist_last_position(model: ir.Model) -> tuple[ir.Model, bool]:
     add.outputs[0].name = name
     model.graph.remove(last)
     return model, True
+
+
+def _reader_of_norm(branch: ir.Value | None) -> ir.Node:
+    """The first product of a feed-forward layer that reads the norm before attention."""
+    node = branch.producer() if branch is not None else None
+    while node is not None and producer(node.inputs[0], "RMSNormalization", "LayerNormalization") is None:
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    assert node is not None
+    return node
 
 
 def _has_capacity(node: ir.Node) -> bool:

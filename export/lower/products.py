@@ -92,13 +92,16 @@ def _name(weight: ir.Value) -> str:
 
 def _smoothing(x: ir.Value, scales: Scales | None) -> Factors | None:
     """Factors for the columns of a product's weight; the norm before it is divided by them, once."""
-    norm = producer(x, "RMSNormalization", "LayerNormalization")
+    slice_ = producer(x, "Slice")  # of the last position
+    norm = producer(x if slice_ is None else slice_.inputs[0], "RMSNormalization", "LayerNormalization")
     weight = norm.inputs[1] if norm is not None else None
     factors = scales.smooth.get(weight.name or "") if scales is not None and weight is not None else None
-    if weight is not None and factors is not None:
-        pack = pack_of(weight)
-        divide = partial(_divide, factors=factors, dtype=pack.outputs[0].dtype)
-        set_pack([weight], Pack(pack.sources, pack.outputs, divide))
+    if norm is not None and factors is not None:
+        for part in norm.inputs[1:]:  # its bias as well
+            assert part is not None
+            pack = pack_of(part)
+            divide = partial(_divide, factors=factors, dtype=pack.outputs[0].dtype)
+            set_pack([part], Pack(pack.sources, pack.outputs, divide))
     return factors
 
 

@@ -70,7 +70,7 @@ def _megabytes(nbytes: int) -> str:
 def _measure(config: ModelConfig, options: BuildOptions, compiler: Compiler) -> Preflight:
     assert options.max_seq is not None and options.device.memory is not None
     dense, experts = gpu_weight_bytes(config, options.precision, options.group)
-    tables = _ROPE_TABLES * options.max_seq * config.head_dim // 2 * GPU_VALUE
+    tables = _ROPE_TABLES * options.max_seq * config.rotary_dim // 2 * GPU_VALUE
     return Preflight(
         config=config,
         options=options,

@@ -24,8 +24,9 @@ that a query sees, its own included).
     q             [B, S, (H + 2 Hkv) * Dh]    float32   q|k|v, or, where k and v are given, q alone [B, S, H * Dh]
     past_k, _v    [B, Hkv, S_max, Dh]         float32   Dh a multiple of 16
     write_indices [B]                         int64     slot, and position, of the first new key
-    cos, sin      [S_max, R / 2]              float32   the first R <= Dh elements are rotated, in halves
+    cos, sin      [S_max, R / 2]              float32   the first R <= Dh elements are rotated, in halves; R may be 0
     k, v          [B, S, Hkv * Dh]            float32   optional
+    slopes        [H]                         float32   optional, ALiBi's: off a score for each position that the key is behind
     y             [B, S, H * Dh]              float32
     present_k, _v like past_k                           a caller may bind them to the memory of past_k and past_v
 

@@ -138,11 +138,19 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
         ("vocabulary", f"{config.vocab_size:,}{', tied embeddings' if config.tie_embeddings else ''}"),
         ("context", f"{config.max_position_embeddings:,} tokens"),
         ("sliding window", "none" if config.sliding_window is None else f"{config.sliding_window:,} tokens"),
-        ("rotary base", f"{config.rope_theta:,.10g}"),
+        ("positions", f"rotary, base {config.rope_theta:,.10g}" if config.rotary_dim else "ALiBi"),
         ("norm", f"{'RMSNorm' if config.norm == 'rms' else 'LayerNorm'}, epsilon {config.norm_eps:g}"),
     ]
     if config.qk_norm is not None:
         rows.append(("q, k normalised", "each head by itself" if config.qk_norm == "head" else "all heads as one"))
+    if config.rope_dim is not None:
+        rows.append(("rotates", f"the first {config.rope_dim} of a head's {config.head_dim} values"))
+    if config.bias is not None:
+        rows.append(("biases", "of every product and norm" if config.bias == "all" else "of q, k and v"))
+    if config.parallel:
+        rows.append(("layers", "attention and feed-forward side by side"))
+    if (config.activation, config.glu) != ("silu", "two_way"):
+        rows.append(("activation", f"{config.activation}, {'not gated' if config.glu == 'none' else 'gated'}"))
     if config.qkv_clip is not None:
         rows.append(("q, k, v clipped to", f"±{config.qkv_clip:g}"))
     return rows

@@ -40,6 +40,9 @@ LINEARS = {
     "mlp.gate_proj": ["mlp.w_in"],
     "mlp.up_proj": ["mlp.w_in"],
     "mlp.down_proj": ["mlp.w_out"],
+    "self_attn.dense": ["attn.o.weight"],
+    "mlp.fc1": ["mlp.w_in"],
+    "mlp.fc2": ["mlp.w_out"],
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("llama2", {}),
@@ -47,6 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {}),  # with a sliding window of 4
     "mixtral": ("mixtral", {"dtype": torch.bfloat16}),
     "dbrx": ("dbrx", {}),
+    "phi": ("phi", {}),
 }
 
 
@@ -104,7 +108,8 @@ def expected_names(checkpoint: Checkpoint) -> tuple[set[str], set[str]]:
         norms.add(f"layers.{i}.attn_norm.weight")
         if checkpoint.config.moe is None:
             products |= {f"layers.{i}.mlp.w_in", f"layers.{i}.mlp.w_out"}
-            norms.add(f"layers.{i}.ffn_norm.weight")
+            if not checkpoint.config.parallel:
+                norms.add(f"layers.{i}.ffn_norm.weight")
     return products, norms
 
 
@@ -154,6 +159,9 @@ def test_a_balanced_model_is_the_same_model(case: tuple[Checkpoint, Oracle]) -> 
     moved = calibrate(checkpoint, IDS, window=WINDOW, smooth=0.5).smooth
     for norm, names in fed.items():
         replace(decoder, norm, balance_norm(decoder.get_parameter(norm), moved[norm]))
+        if checkpoint.config.norm_bias:
+            bias = norm.replace(".weight", ".bias")
+            replace(decoder, bias, balance_norm(decoder.get_parameter(bias), moved[norm]))
         for name in names:
             replace(decoder, name, balance_columns(decoder.get_parameter(name), moved[norm]))
     got, *_ = decoder(ids, positions, positions[:, 0], decoder.empty_cache(1))

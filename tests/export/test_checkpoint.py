@@ -63,7 +63,7 @@ def test_canonical_weights_are_those_transformers_loads(model: str, odd: bool, t
     checkpoint = Checkpoint.open(path)
     reference = reference_model(path)
     assert sum(p.numel() for p in reference.parameters()) == checkpoint.config.num_parameters()
-    expected = dbrx_weights(reference) if checkpoint.config.family == "dbrx" else llama_weights(reference)
+    expected = ORACLES.get(checkpoint.config.family, llama_weights)(reference)
     assert list(checkpoint.weights) == list(checkpoint.config.tensor_shapes())
     assert expected.keys() == checkpoint.weights.keys()
     for name, tensor in expected.items():
@@ -117,6 +117,38 @@ def dbrx_weights(model: Any) -> dict[str, Tensor]:
         }
         expected |= {f"layers.{i}.{name}": tensor for name, tensor in tensors.items()}
     return expected
+
+
+def phi_weights(model: Any) -> dict[str, Tensor]:
+    """Canonical weights from the modules of transformers' phi."""
+    parts = {"norm": model.model.final_layernorm, "lm_head": model.lm_head}
+    expected = {"embed.weight": model.model.embed_tokens.weight}
+    for i, layer in enumerate(model.model.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        modules = {"attn_norm": layer.input_layernorm, "attn.o": attention.dense}
+        modules |= {f"attn.{part}": getattr(attention, f"{part}_proj") for part in "qkv"}
+        parts |= {f"layers.{i}.{name}": module for name, module in modules.items()}
+        expected |= {f"layers.{i}.mlp.w_in": mlp.fc1.weight, f"layers.{i}.mlp.b_in": mlp.fc1.bias}
+        expected |= {f"layers.{i}.mlp.w_out": mlp.fc2.weight, f"layers.{i}.mlp.b_out": mlp.fc2.bias}
+    expected |= {f"{name}.weight": module.weight for name, module in parts.items()}
+    return expected | {f"{name}.bias": module.bias for name, module in parts.items()}
+
+
+def mpt_weights(model: Any) -> dict[str, Tensor]:
+    """Canonical weights from the modules of transformers' MPT."""
+    body = model.transformer
+    expected = {"embed.weight": body.wte.weight, "norm.weight": body.norm_f.weight}
+    for i, block in enumerate(body.blocks):
+        q, k, v = block.attn.Wqkv.weight.chunk(3)
+        tensors = {"attn.q.weight": q, "attn.k.weight": k, "attn.v.weight": v}
+        tensors |= {"attn_norm.weight": block.norm_1.weight, "attn.o.weight": block.attn.out_proj.weight}
+        tensors |= {"ffn_norm.weight": block.norm_2.weight}
+        tensors |= {"mlp.w_in": block.ffn.up_proj.weight, "mlp.w_out": block.ffn.down_proj.weight}
+        expected |= {f"layers.{i}.{name}": tensor for name, tensor in tensors.items()}
+    return expected
+
+
+ORACLES = {"dbrx": dbrx_weights, "phi": phi_weights, "mpt": mpt_weights}
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["table", "odd"])

@@ -15,6 +15,7 @@ import transformers
 from gatework.export.checkpoint import read_config
 from gatework.export.config import ModelConfig
 from gatework.export.families import FAMILIES, family_of, params_json
+from gatework.export.options import fit_length
 from gatework.plugins.errors import GateworkError
 from tests.checkpoints import TABLE, hf_config
 
@@ -115,6 +116,64 @@ OLMOE = llama(2048, 16, 16, 1024, num_key_value_heads=16, torch_dtype="bfloat16"
     "rope_theta": 10000.0,
 }
 
+PHI = {
+    "architectures": ["PhiForCausalLM"],
+    "model_type": "phi",
+    "attention_dropout": 0.0,
+    "bos_token_id": None,
+    "embd_pdrop": 0.0,
+    "eos_token_id": None,
+    "hidden_act": "gelu_new",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": None,
+    "partial_rotary_factor": 0.5,
+    "qk_layernorm": False,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vocab_size": 51200,
+}
+PHI_2 = PHI | {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "partial_rotary_factor": 0.4}
+
+MPT = {
+    "architectures": ["MPTForCausalLM"],
+    "attn_config": {
+        "alibi": True,
+        "alibi_bias_max": 8,
+        "attn_impl": "torch",
+        "attn_pdrop": 0,
+        "attn_type": "multihead_attention",
+        "attn_uses_sequence_id": False,
+        "clip_qkv": None,
+        "prefix_lm": False,
+        "qk_ln": False,
+        "softmax_scale": None,
+    },
+    "d_model": 4096,
+    "emb_pdrop": 0,
+    "embedding_fraction": 1.0,
+    "expansion_ratio": 4,
+    "learned_pos_emb": True,
+    "logit_scale": None,
+    "max_seq_len": 2048,
+    "model_type": "mpt",
+    "n_heads": 32,
+    "n_layers": 32,
+    "no_bias": True,
+    "norm_type": "low_precision_layernorm",
+    "tokenizer_name": "EleutherAI/gpt-neox-20b",
+    "torch_dtype": "bfloat16",
+    "use_cache": False,
+    "verbose": 0,
+    "vocab_size": 50432,
+}
+
 # name -> config, parameters, active parameters, bytes of keys and values per token in fp16
 PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "llama-7b": (llama(4096, 32, 32, 11008, rms_norm_eps=1e-6), 6_738_415_616, 6_738_415_616, 524_288),
@@ -136,6 +195,9 @@ PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "qwen3-30b-a3b": (QWEN3_MOE, 30_532_122_624, 3_353_032_704, 98_304),
     "qwen3-235b-a22b": (QWEN3_235B, 235_093_634_560, 22_190_763_520, 192_512),
     "olmoe-1b-7b": (OLMOE, 6_919_161_856, 1_282_017_280, 131_072),
+    "mpt-7b": (MPT, 6_649_286_656, 6_649_286_656, 524_288),
+    "phi-1.5": (PHI, 1_418_270_720, 1_418_270_720, 196_608),
+    "phi-2": (PHI_2, 2_779_683_840, 2_779_683_840, 327_680),
 }
 
 # The params.json of Mixtral's first release, as it was passed around, to the letter.
@@ -151,6 +213,10 @@ def read(raw: Raw) -> ModelConfig:
 
 def without(raw: Raw, *names: str) -> Raw:
     return {name: value for name, value in raw.items() if name not in names}
+
+
+def with_attention(**options: Any) -> Raw:
+    return MPT | {"attn_config": MPT["attn_config"] | options}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -197,6 +263,7 @@ SILENT: dict[str, Raw] = {
     "qwen3 window unused": QWEN3 | {"sliding_window": 4096},
     "qwen3_moe": without(QWEN3_MOE, "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
     "qwen3_moe heads": without(QWEN3_MOE, "head_dim", "sliding_window", "use_sliding_window"),
+    "phi": without(PHI, "layer_norm_eps", "rope_theta", "max_position_embeddings", "partial_rotary_factor"),
     "olmoe": without(OLMOE, "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
 }
 
@@ -208,7 +275,8 @@ def test_silent_fields_mean_what_transformers_takes_them_for(name: str) -> None:
     theirs = transformers.AutoConfig.for_model(**raw)
     assert config.num_kv_heads == theirs.num_key_value_heads
     assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
-    assert config.norm_eps == theirs.rms_norm_eps
+    assert config.norm_eps == (theirs.layer_norm_eps if config.norm == "layer" else theirs.rms_norm_eps)
+    assert config.rotary_dim == config.head_dim * theirs.rope_parameters.get("partial_rotary_factor", 1)
     assert config.rope_theta == theirs.rope_parameters["rope_theta"]
     assert config.sliding_window == getattr(theirs, "sliding_window", None)
     assert config.max_position_embeddings == theirs.max_position_embeddings
@@ -272,6 +340,33 @@ def test_dbrx() -> None:
     assert (config.num_kv_heads, config.head_dim, config.max_position_embeddings) == (8, 128, 32768)
     assert config.moe is not None
     assert config.moe.renormalize
+
+
+def test_mpt() -> None:
+    config = read(MPT)
+    assert (config.norm, config.bias, config.tie_embeddings, config.qkv_clip) == ("layer", None, True, None)
+    assert (config.activation, config.glu, config.alibi_bias_max, config.rotary_dim) == ("gelu", "none", 8.0, 0)
+    assert read(with_attention(clip_qkv=6, alibi_bias_max=16)) == replace(config, qkv_clip=6.0, alibi_bias_max=16.0)
+    assert read(MPT | {"expansion_ratio": 2.5}).intermediate_size == 10240
+    assert read(with_attention(softmax_scale=128**-0.5)) == config
+    assert read(without(MPT, "attn_config", "expansion_ratio", "max_seq_len", "no_bias")) == config
+
+
+def test_mpt_goes_past_its_own_context() -> None:
+    assert fit_length(read(MPT), None) == 2048
+    assert fit_length(read(MPT), 65_536) == 65_536
+    with pytest.raises(GateworkError, match="max_seq"):
+        fit_length(read(PHI), 2049)
+
+
+@pytest.mark.parametrize("raw", [PHI, PHI_2], ids=["phi-1.5", "phi-2"])
+def test_phi(raw: Raw) -> None:
+    config = read(raw)
+    assert (config.rope_dim, config.norm, config.bias, config.parallel) == (32, "layer", "all", True)
+    assert (config.activation, config.glu, config.num_kv_heads) == ("gelu_tanh", "none", 32)
+    newer = without(raw, "rope_theta", "partial_rotary_factor")
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": raw["partial_rotary_factor"]}
+    assert read(newer | {"rope_parameters": rope}) == config
 
 
 @pytest.mark.parametrize(("value", "renormalize"), [(1, True), (1.0, True), (None, False)])
@@ -338,6 +433,24 @@ UNSUPPORTED: dict[str, tuple[Raw, str]] = {
     "olmoe window": (OLMOE | {"sliding_window": 4096}, "sliding_window"),
     "olmoe heads": (OLMOE | {"head_dim": 64}, "head_dim"),
     "olmoe clip": (OLMOE | {"clip_qkv": 0}, "qkv_clip"),
+    "mpt multiquery": (with_attention(attn_type="multiquery_attention"), "attn_config.attn_type"),
+    "mpt positions": (with_attention(alibi=False), "attn_config.alibi"),
+    "mpt prefix": (with_attention(prefix_lm=True), "attn_config.prefix_lm"),
+    "mpt norms": (with_attention(qk_ln=True), "attn_config.qk_ln"),
+    "mpt scale": (with_attention(softmax_scale=1.0), "attn_config.softmax_scale"),
+    "mpt slopes": (with_attention(alibi_bias_max=0), "alibi_bias_max"),
+    "mpt bias": (MPT | {"no_bias": False}, "no_bias"),
+    "mpt logits": (MPT | {"logit_scale": "inv_sqrt_d_model"}, "logit_scale"),
+    "mpt norm": (MPT | {"norm_type": "rmsnorm"}, "norm_type"),
+    "mpt mlp": (MPT | {"ffn_config": {"ffn_type": "mptglu"}}, "ffn_config.ffn_type"),
+    "mpt ratio": (MPT | {"expansion_ratio": -4}, "expansion_ratio"),
+    "phi activation": (PHI | {"hidden_act": "gelu"}, "hidden_act"),
+    "phi norms": (PHI | {"qk_layernorm": True}, "qk_layernorm"),
+    "phi rotates nothing": (PHI | {"partial_rotary_factor": 0.0}, "partial_rotary_factor"),
+    "phi two parts": (PHI | {"rope_parameters": {"partial_rotary_factor": 1.0}}, "partial_rotary_factor"),
+    "phi tied": (PHI | {"tie_word_embeddings": True}, "head with a bias"),
+    "phi scaled": (PHI | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type"),
+    "phi epsilon": (PHI | {"layer_norm_eps": "small"}, "layer_norm_eps"),
     "nested": (DBRX | {"attn_config": [1]}, "attn_config"),
 }
 

@@ -21,6 +21,8 @@ CASES: list[tuple[str, str, dict[str, Any], int | None]] = [
     ("mixtral", "int8", {"intermediate_size": 50, "hidden_size": 48}, None),  # padded experts, groups of 16
     ("mixtral", "int4", {"num_experts": 5, "top_k": 3, "vocab_size": 131}, 64),
     ("dbrx", "int4", {}, None),
+    ("phi", "int8", {}, None),
+    ("mpt", "int4", {}, None),
     ("llama1", "int8", {}, None),  # width 172: padded blocks
     ("llama2", "int4", {"tie_embeddings": True}, None),
     ("llama2", "int8", {"hidden_size": 40, "head_dim": 10}, 16),  # no group fits the embedding: float32

@@ -24,13 +24,17 @@ class Settings:
     window: int = 0
 
 
-def attention_model(settings: Settings, *, joined: bool) -> onnx.ModelProto:
+def attention_model(settings: Settings, *, joined: bool, slopes: bool = False) -> onnx.ModelProto:
     """A graph of the node, all of whose inputs are the graph's."""
     kinds = {"q": 3, "past_k": 4, "past_v": 4, "write_indices": 1, "cos": 2, "sin": 2}
     if not joined:
         kinds |= {"k": 3, "v": 3}
+    if slopes:
+        kinds |= {"slopes": 1}
     outputs = {"y": 3, "present_k": 4, "present_v": 4}
-    node = helper.make_node("CachedAttention", list(kinds), list(outputs), domain="gatework", **asdict(settings))
+    node = helper.make_node(
+        "CachedAttention", _places(list(kinds)), list(outputs), domain="gatework", **asdict(settings)
+    )
 
     def value(name: str, rank: int) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, INT64 if name == "write_indices" else FLOAT, [None] * rank)
@@ -41,6 +45,14 @@ def attention_model(settings: Settings, *, joined: bool) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
 
+def _places(names: list[str]) -> list[str]:
+    """Inputs in their places, those not given left empty."""
+    order = ["q", "past_k", "past_v", "write_indices", "cos", "sin", "k", "v", "slopes"]
+    while order[-1] not in names:
+        order.pop()
+    return [name if name in names else "" for name in order]
+
+
 def attention_feeds(
     settings: Settings, starts: list[int], S: int, *, width: int, rotary: int, joined: bool, seed: int = 0
 ) -> dict[str, Array]:
@@ -49,7 +61,7 @@ def attention_feeds(
     B, H, kv = len(starts), settings.num_heads, settings.kv_num_heads
     q, k, v = (rng.standard_normal((B, S, heads * width), np.float32) for heads in (H, kv, kv))
     past = {name: rng.standard_normal((B, kv, SLOTS, width), np.float32) for name in ("past_k", "past_v")}
-    angles = np.outer(np.arange(SLOTS), 10_000.0 ** (-np.arange(0, rotary, 2) / rotary))
+    angles = np.outer(np.arange(SLOTS), 10_000.0 ** (-np.arange(0, rotary, 2) / max(rotary, 1)))
     feeds = {"q": np.concatenate([q, k, v], axis=-1) if joined else q, **past}
     feeds |= {"write_indices": np.array(starts, np.int64)}
     feeds |= {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
@@ -79,6 +91,8 @@ def definition(settings: Settings, feeds: dict[str, Array]) -> tuple[Array, Arra
                 scores = keys[b, group, seen] @ query * settings.scale
                 if settings.softcap:
                     scores = settings.softcap * np.tanh(scores / settings.softcap)
+                if "slopes" in feeds:
+                    scores = scores + feeds["slopes"][head] * np.arange(first - start - s, 1)
                 weights = np.exp(scores - scores.max())
                 y[b, s, head] = weights @ values[b, group, seen] / weights.sum()
     return y.reshape(B, S, -1), keys, values

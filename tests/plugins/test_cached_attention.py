@@ -15,7 +15,8 @@ RELATIVE = 2e-6  # float32, against float64
 def run(settings: Settings, feeds: dict[str, np.ndarray], threads: int = 2) -> list[np.ndarray]:
     library = cpu_ops.find_library()
     assert library is not None, "the environment was set up without a C++ compiler"
-    return session(attention_model(settings, joined="k" not in feeds), library, threads).run(None, feeds)  # type: ignore[no-any-return]
+    model = attention_model(settings, joined="k" not in feeds, slopes="slopes" in feeds)
+    return session(model, library, threads).run(None, feeds)  # type: ignore[no-any-return]
 
 
 def relative(got: np.ndarray, want: np.ndarray) -> float:
@@ -46,6 +47,15 @@ def test_the_definition(settings: Settings, width: int, rotary: int, S: int) -> 
 def test_a_context_of_several_splits() -> None:
     feeds = attention_feeds(Settings(), [1200], 1, width=64, rotary=64, joined=True)
     assert relative(run(Settings(), feeds)[0], definition(Settings(), feeds)[0]) <= RELATIVE
+
+
+@pytest.mark.parametrize(("S", "joined"), [(1, True), (1, False), (40, True)])
+def test_alibi_without_rotation(S: int, joined: bool) -> None:
+    settings = Settings(num_heads=6, kv_num_heads=3, window=70)
+    feeds = attention_feeds(settings, [100, 0], S, width=32, rotary=0, joined=joined)
+    feeds["slopes"] = 2.0 ** -np.arange(1, 7, dtype=np.float32)
+    for got, want in zip(run(settings, feeds), definition(settings, feeds), strict=True):
+        assert relative(got, want) <= RELATIVE
 
 
 @pytest.mark.parametrize("S", [1, 60])

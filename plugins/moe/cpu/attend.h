@@ -117,6 +117,10 @@ inline void cap(float* scores, int count, float softcap) {
   for (int j = 0; j < count; ++j) scores[j] = softcap * (1.0f - 2.0f / (exponential(scores[j] * inverse) + 1.0f));
 }
 
+inline void lean(float* scores, int count, int distance, float slope) {
+  for (int j = 0; j < count; ++j) scores[j] += slope * float(distance + j);
+}
+
 template <class Lanes>
 void attend(const Head& head, const Queries& queries, int begin, int end, float* y, float* top, float* total) {
   alignas(64) float scores[kMaxRows][kKeys];
@@ -138,6 +142,7 @@ void attend(const Head& head, const Queries& queries, int begin, int end, float*
         continue;
       }
       if (head.softcap > 0.0f) cap(scores[r], keys, head.softcap);
+      if (queries.slopes) lean(scores[r], keys, begin - position, queries.slopes[r % queries.group]);
       const float most = std::max(top[r], largest(scores[r], first, last));
       const float kept = exponential(top[r] - most);
       total[r] = total[r] * kept + weigh<Lanes>(scores[r], first, last, most);

@@ -116,7 +116,8 @@ void run_attention(const Kernels& kernels, const Attention& attention, const Pro
     const Task& task = work.tasks[i];
     const size_t head = size_t(task.sequence) * kv_heads + task.head, place = head * cache.slots * width;
     const Queries queries{work.queries.data() + (head * length + task.first) * group * width, task.tokens * group, group,
-                          int(starts[task.sequence]) + task.first, attention.window};
+                          int(starts[task.sequence]) + task.first, attention.window,
+                          attention.slopes ? attention.slopes + task.head * group : nullptr};
     kernels.attend({cache.keys + place, cache.values + place, width, attention.softcap}, queries, task.begin, task.end,
                    work.read.data() + work.rows[i] * width, work.top.data() + work.rows[i], work.total.data() + work.rows[i]);
   });

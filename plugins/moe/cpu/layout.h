@@ -69,7 +69,8 @@ struct Queries {
   const float* q;  // [rows, width], scaled
   int rows, group;
   int position;
-  int window;  // see Attention
+  int window;           // see Attention
+  const float* slopes;  // of the group's heads, or nullptr; see Attention
 };
 
 enum class Activation { silu, gelu, gelu_tanh, relu };

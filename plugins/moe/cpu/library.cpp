@@ -228,7 +228,7 @@ struct MoEKernel {
 struct AttentionKernel {
   static constexpr const char* kName = "CachedAttention";
   static constexpr int kTypes[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64,
-                                   ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat};
+                                   ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat};
   static constexpr size_t kRequiredInputs = 6, kOutputs = 3;
 
   const Kernels& path = kernels();
@@ -249,6 +249,7 @@ struct AttentionKernel {
     const Tensor cos = input(context, 4), sin = input(context, 5), k = input(context, 6), v = input(context, 7);
     if (q.shape.size() != 3 || past_k.shape.size() != 4 || cos.shape.size() != 2)
       throw Failure{ort::kInvalidArgument, "expected q [B, S, width], past_k [B, heads, slots, width] and cos [slots, half]"};
+    const Tensor slopes = input(context, 8);
     Attention sized = attention;
     const int64_t B = q.shape[0], S = q.shape[1], slots = past_k.shape[2], kv_heads = attention.kv_heads;
     const int64_t width = past_k.shape[3], half = cos.shape[1], kv_width = kv_heads * width;
@@ -262,6 +263,8 @@ struct AttentionKernel {
     expect_count("cos", cos, slots * half);
     expect_count("sin", sin, slots * half);
     expect_count("write_indices", starts, B);
+    if (slopes.data) expect_count("slopes", slopes, attention.heads);
+    sized.slopes = slopes.as<float>();
     for (int64_t b = 0; b < B; ++b)
       if (starts.as<int64_t>()[b] < 0 || starts.as<int64_t>()[b] > slots - S)
         throw Failure{ort::kInvalidArgument, "write_indices are outside the cache"};
