@@ -14,6 +14,7 @@ MAX_EXPERTS = 50_000  # over all layers: a weight map is made before any tensor 
 
 Norm = Literal["rms", "layer"]
 QKNorm = Literal["head", "width"]
+Activation = Literal["silu", "gelu_tanh"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -60,6 +61,12 @@ class ModelConfig:
     sliding_window: int | None = None  # W keys are visible, the query's own position included
     qk_norm: QKNorm | None = None  # RMS norm of q and k before RoPE: of each head by itself, or of all heads as one
     qkv_clip: float | None = None  # clamp q, k and v to [-c, c], after qk_norm "width" and before "head"
+    attn_scale: float | None = None  # of q k^T; None: 1 / sqrt(Dh)
+    attn_softcap: float | None = None  # c: scaled attention logits z become c tanh(z / c), before the mask
+    post_norms: bool = False  # RMS norms of what attention and feed-forward part give, before it is added to the stream
+    activation: Activation = "silu"  # of gates
+    embed_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
     tie_embeddings: bool = False
     moe: MoEConfig | None = None
     dtype: Dtype = "float32"  # of the stored weights
@@ -95,8 +102,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise GateworkError("head_dim is odd, rotary embedding needs pairs", got=self.head_dim)
-        for name in ("norm_eps", "rope_theta"):
+        for name in ("norm_eps", "rope_theta", "attn_scale", "attn_softcap", "embed_multiplier", "logit_multiplier"):
             value = getattr(self, name)
+            if value is None and name.startswith("attn_"):
+                continue
             if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
                 raise GateworkError(f"{name} is not a positive number", got=repr(value))
         if self.sliding_window is not None and self.sliding_window < 1:
@@ -105,6 +114,9 @@ class ModelConfig:
             )
         if self.qk_norm not in (None, *get_args(QKNorm)):
             raise GateworkError("qk_norm is not known", got=repr(self.qk_norm), expected="head, width or none")
+        if self.activation not in get_args(Activation):
+            expected = " or ".join(get_args(Activation))
+            raise GateworkError("activation is not known", got=repr(self.activation), expected=expected)
         if self.qkv_clip is not None and not self.qkv_clip > 0:
             raise GateworkError("qkv_clip is not positive", got=self.qkv_clip, expected="a positive bound, or none")
 
@@ -122,12 +134,17 @@ class ModelConfig:
             if self.qk_norm is not None:
                 q, k = (self.num_heads, self.num_kv_heads) if self.qk_norm == "width" else (1, 1)
                 layer |= {"attn.q_norm.weight": (q * Dh,), "attn.k_norm.weight": (k * Dh,)}
-            layer |= {"attn.o.weight": (D, self.num_heads * Dh), "ffn_norm.weight": (D,)}
+            layer["attn.o.weight"] = (D, self.num_heads * Dh)
+            if self.post_norms:
+                layer["attn_post_norm.weight"] = (D,)
+            layer["ffn_norm.weight"] = (D,)
             if self.moe is None:  # gate rows first, then up rows
                 layer |= {"mlp.w_in": (2 * I, D), "mlp.w_out": (D, I)}
             else:
                 E = self.moe.num_experts
                 layer |= {"moe.router.weight": (E, D), "moe.w_in": (E, 2 * I, D), "moe.w_out": (E, D, I)}
+            if self.post_norms:
+                layer["ffn_post_norm.weight"] = (D,)
             shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
         shapes["norm.weight"] = (D,)
         if not self.tie_embeddings:
@@ -152,6 +169,11 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, inverse of `from_dict`."""
         return asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
+
+    @property
+    def attention_scale(self) -> float:
+        """What q k^T is multiplied by."""
+        return self.head_dim**-0.5 if self.attn_scale is None else self.attn_scale
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gatework.export import cache_op
+from gatework.export import attention_op, cache_op
 from gatework.export.config import ModelConfig
 from gatework.plugins.moe import torch_op
 from gatework.plugins.moe.spec import MoEAttributes
@@ -19,7 +19,14 @@ from gatework.plugins.moe.spec import MoEAttributes
 def moe_attributes(config: ModelConfig) -> MoEAttributes:
     """The operator's settings for this model's feed-forward layers, with dense weights."""
     assert config.moe is not None
-    return MoEAttributes(top_k=config.moe.top_k, renormalize=config.moe.renormalize, activation="silu", glu="two_way")
+    return MoEAttributes(
+        top_k=config.moe.top_k, renormalize=config.moe.renormalize, activation=config.activation, glu="two_way"
+    )
+
+
+def activate(config: ModelConfig, gate: Tensor) -> Tensor:
+    """The activation function of gates."""
+    return F.silu(gate) if config.activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
 def rope_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
@@ -104,21 +111,26 @@ class Attention(nn.Module):
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """What the queries find in the cache [B, Hkv, S_max, Dh], [B, S, H * Dh]; mask [B, 1, S, S_max]."""
-        y, *_ = torch.onnx.ops.attention(q, k, v, mask, scale=self.config.head_dim**-0.5)
+        scale, softcap = self.config.attention_scale, self.config.attn_softcap
+        if softcap is None:
+            y, *_ = torch.onnx.ops.attention(q, k, v, mask, scale=scale)
+        else:
+            y = attention_op.capped_attention(q, k, v, mask, scale, softcap)
         return y.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
-    """Dense gated feed-forward layer: down(silu(gate x) * up x)."""
+    """Dense gated feed-forward layer: down(act(gate x) * up x)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.w_in = nn.Parameter(torch.empty(2 * config.intermediate_size, config.hidden_size), requires_grad=False)
         self.w_out = nn.Parameter(torch.empty(config.hidden_size, config.intermediate_size), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = F.linear(x, self.w_in).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.w_out)
+        return F.linear(activate(self.config, gate) * up, self.w_out)
 
 
 class MoE(nn.Module):
@@ -152,7 +164,7 @@ class Step:
 
 
 class Layer(nn.Module):
-    """Pre-norm block: attention, then the feed-forward layer, each added to the residual stream."""
+    """Pre-norm block: attention, then the feed-forward layer, each added to the residual stream, normalised or not."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -160,6 +172,8 @@ class Layer(nn.Module):
         self.ffn_norm = norm(config)
         self.ffn = "mlp" if config.moe is None else "moe"  # the name under which its weights go
         self.add_module(self.ffn, MLP(config) if config.moe is None else MoE(config))
+        self.attn_post_norm = norm(config) if config.post_norms else nn.Identity()
+        self.ffn_post_norm = norm(config) if config.post_norms else nn.Identity()
 
     def forward(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, k, v = self.attend(x, step, past_k, past_v)
@@ -168,11 +182,16 @@ class Layer(nn.Module):
     def attend(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The first half, and the updated cache."""
         y, k, v = self.attn(self.attn_norm(x), step, past_k, past_v)
-        return x + y, k, v
+        return x + self.attn_post_norm(y), k, v
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The second half."""
-        return x + self.get_submodule(self.ffn)(self.ffn_norm(x))
+        return x + self.ffn_post_norm(self.get_submodule(self.ffn)(self.ffn_norm(x)))
+
+
+def scaled(x: Tensor, multiplier: float) -> Tensor:
+    """x times a number of the model's, in float32, which holds it better than narrower types do."""
+    return x if multiplier == 1.0 else (x.float() * multiplier).to(x.dtype)
 
 
 class Decoder(nn.Module):
@@ -204,7 +223,7 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, write_indices: Tensor, cache: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        x = self.embed(input_ids)  # [B, S, D]
+        x = scaled(self.embed(input_ids), self.config.embed_multiplier)  # [B, S, D]
         cos, sin = self.rope_cos.to(x.dtype), self.rope_sin.to(x.dtype)
         step = Step(self.config, position_ids, write_indices, cos, sin)
         present: list[Tensor] = []
@@ -214,7 +233,7 @@ class Decoder(nn.Module):
         if not self.all_logits:
             x = x[:, -1:]
         head = self.embed.weight if self.config.tie_embeddings else self.lm_head.weight
-        return F.linear(self.norm(x), head).float(), *present
+        return scaled(F.linear(self.norm(x), head).float(), self.config.logit_multiplier), *present
 
     def empty_cache(self, batch: int) -> list[Tensor]:
         """Zeroed cache tensors for `batch` rows."""

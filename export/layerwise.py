@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gatework.export.checkpoint import Checkpoint
-from gatework.export.decoder import Layer, MoE, Step, attention_mask, moe_attributes, norm, rope_tables
+from gatework.export.decoder import Layer, MoE, Step, attention_mask, moe_attributes, norm, rope_tables, scaled
 from gatework.export.reference import load_weights
 from gatework.export.rounding import Format, Rounding
 from gatework.plugins.moe import torch_op
@@ -93,7 +93,8 @@ class LayerwiseReference:
         step = Step(self.config, positions, positions[:, 0], *self._tables)
         masks = [attention_mask(self.config, positions[:, a:b], b - a) for a, b in spans]
         table = self.checkpoint.read("embed.weight")
-        return _Run(table[torch.cat(ids)][None].float(), spans, step, masks)
+        hidden = scaled(table[torch.cat(ids)][None].float(), self.config.embed_multiplier)
+        return _Run(hidden, spans, step, masks)
 
     @property
     def hidden(self) -> np.ndarray:
@@ -122,7 +123,7 @@ class LayerwiseReference:
     def _layer(self, i: int, local: _Run | None, engine: Recorded) -> Iterator[Compared]:
         with torch.device("meta"):
             layer = Layer(self.config).eval()
-        for name in ("attn_norm", "attn", "ffn_norm"):
+        for name in ("attn_norm", "attn", "attn_post_norm", "ffn_norm", "ffn_post_norm"):
             load_weights(layer.get_submodule(name), self.checkpoint, f"layers.{i}.{name}.")
         middle = yield from self._attention(i, layer, local, engine)
         yield from self._feed_forward(i, layer, middle, engine, tapped=local is not None)
@@ -139,7 +140,7 @@ class LayerwiseReference:
         q, k, v = layer.attn.project(layer.attn_norm(own.hidden), own.step)
         context = _read(layer, q, k, v, own)
         attention = layer.attn.o(context)
-        middle = own.hidden + attention
+        middle = own.hidden + layer.attn_post_norm(attention)
         if local is None:
             return middle
         x, step = local.hidden, local.step
@@ -160,7 +161,13 @@ class LayerwiseReference:
 
         yield self._compare(engine, i, "context", contexts, context[0])
         yield self._compare(engine, i, "attention", lambda _: layer.attn.o(taps["context"]), attention[0])
-        yield self._compare(engine, i, "residual", _sum(x[0], taps["attention"]), middle[0])
+        yield self._compare(
+            engine,
+            i,
+            "residual",
+            _sum(x[0], layer.attn_post_norm(taps["attention"]), normed=self.config.post_norms),
+            middle[0],
+        )
         return middle
 
     def _feed_forward(
@@ -195,10 +202,11 @@ class LayerwiseReference:
                 noise, bias = _sizes([y - want for y in off])
                 got = engine.rows(f"{prefix}experts")[1]
                 yield Compared(i, "experts", rows, got, want, noise, bias, branch[self._places[rows]])
-        self._own.hidden = middle + branch[None]
+        self._own.hidden = middle + layer.ffn_post_norm(branch[None])
         if residual is not None:
             found, added = engine.rows(f"{prefix}{'mlp' if config.moe is None else 'experts'}")
-            yield self._compare(engine, i, "output", _sum(residual[found], added), self._own.hidden[0], rows=found)
+            total = _sum(residual[found], layer.ffn_post_norm(added), normed=config.post_norms)
+            yield self._compare(engine, i, "output", total, self._own.hidden[0], rows=found)
 
     def _experts(self, i: int, runs: list[tuple[Tensor, Tensor, Rounding | None]]) -> list[Tensor]:
         """The MoE's output [T, D] for each run: tokens [T, D], router logits [T, E], and the rounding of its products."""
@@ -229,16 +237,20 @@ class LayerwiseReference:
         load_weights(last, self.checkpoint, "norm.")
         name = "embed.weight" if config.tie_embeddings else "lm_head.weight"
         head = self.checkpoint.read(name).float()
+
+        def project(hidden: Tensor) -> Tensor:
+            return scaled(F.linear(last(hidden), head), config.logit_multiplier)
+
         for j, (first, end) in enumerate(self._own.spans):
             for start in range(first, end, _LOGIT_ROWS):
                 hidden = self._own.hidden[0, start : min(start + _LOGIT_ROWS, end)]
-                yield j, start - first, F.linear(last(hidden), head)
+                yield j, start - first, project(hidden)
         if self._tapped:
             rows, output = engine.rows(f"layers.{config.num_layers - 1}.output")
-            want, noise, bias = self._draws(lambda _: F.linear(last(output), head), self._form.head)
+            want, noise, bias = self._draws(lambda _: project(output), self._form.head)
             found, got = engine.rows("logits")
             at = torch.searchsorted(rows, found)
-            own = F.linear(last(self._own.hidden[0, self._places[found]]), head)
+            own = project(self._own.hidden[0, self._places[found]])
             yield Compared(None, "logits", found, got, want[at], noise[at], bias[at], own)
 
     def _compare(
@@ -293,8 +305,11 @@ def _stored(rows: Tensor) -> Callable[[Rounding | None], Tensor]:
     return lambda rounding: rows if rounding is None else rounding.weight(rows)
 
 
-def _sum(x: Tensor, y: Tensor) -> Callable[[Rounding | None], Tensor]:
+def _sum(x: Tensor, y: Tensor, *, normed: bool = False) -> Callable[[Rounding | None], Tensor]:
+    """x + y; where y was normalised first, its own rounding counts."""
+    spread = y.abs() if normed else torch.zeros(())
+
     def work(rounding: Rounding | None) -> Tensor:
-        return x + y if rounding is None else rounding.sum_of(x + y, (x + y).abs())
+        return x + y if rounding is None else rounding.sum_of(x + y, (x + y).abs() + spread)
 
     return work

@@ -83,6 +83,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: _Leng
         do_rotary=1,
         scale=float(node.attributes["scale"].value),
         local_window_size=config.sliding_window or -1,
+        softcap=config.attn_softcap or 0.0,
     )
     replace(k_write.outputs[0], present_k)
     replace(v_write.outputs[0], present_v)

@@ -26,6 +26,8 @@ def hoist_last_position(model: ir.Model) -> tuple[ir.Model, bool]:
     (position,) = Builder(model.graph, norm).op("Slice", residual, *last.inputs[1:])
     for user in users:
         user.replace_input_with(list(user.inputs).index(residual), position)
+    if (post_norm := producer(branch, "RMSNormalization")) is not None:
+        branch = post_norm.inputs[0]
     reshape = producer(branch, "Reshape")  # tokens of a MoE [T, D] back to [B, S, D], where S is 1 now
     if reshape is not None:
         (shape,) = Builder(model.graph, reshape).op("Shape", position)

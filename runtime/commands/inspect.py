@@ -143,6 +143,14 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
     ]
     if config.qk_norm is not None:
         rows.append(("q, k normalised", "each head by itself" if config.qk_norm == "head" else "all heads as one"))
+    if config.attn_softcap is not None:
+        rows.append(("attention logits", f"capped to ±{config.attn_softcap:g}"))
+    if config.post_norms:
+        rows.append(("added to the stream", "normalised"))
+    if config.activation != "silu":
+        rows.append(("gates", {"gelu_tanh": "GELU by tanh"}[config.activation]))
+    if config.embed_multiplier != 1 or config.logit_multiplier != 1:
+        rows.append(("multipliers", f"embedding {config.embed_multiplier:g}, logits {config.logit_multiplier:g}"))
     if config.qkv_clip is not None:
         rows.append(("q, k, v clipped to", f"±{config.qkv_clip:g}"))
     return rows
