@@ -26,7 +26,7 @@ from gatework.export.build import build_engine, export_onnx
 from gatework.runtime.formatting import table
 from gatework.runtime.verify import VerifyReport, verify
 from gatework.runtime.verify.html import to_html
-from tests.checkpoints import TABLE, make_checkpoint
+from tests.checkpoints import MODELS, make_checkpoint
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-mixtral"
 REFUSED = {("mpt", "cuda"), ("mpt-clip", "cuda")}
@@ -59,7 +59,7 @@ def main() -> int:
     here = ["cpu", "onnx"] + ["cuda"] * ("CUDAExecutionProvider" in onnxruntime.get_available_providers())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="random checkpoints of each family (default: 1)")
-    parser.add_argument("--models", nargs="+", default=["tiny-mixtral", *TABLE], choices=["tiny-mixtral", *TABLE])
+    parser.add_argument("--models", nargs="+", default=["tiny-mixtral", *MODELS], choices=["tiny-mixtral", *MODELS])
     parser.add_argument(
         "--targets", nargs="+", default=here, choices=list(PRECISIONS), help=f"default: {' '.join(here)}"
     )

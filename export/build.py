@@ -16,6 +16,7 @@ from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import Dtype
 from gatework.export.golden import require_polygraphy, write_golden
 from gatework.export.lower import CUDA_DTYPES, lower_to_cpu, lower_to_cuda
+from gatework.export.lower.experts import moe_nodes
 from gatework.export.lower.packed import to_contrib
 from gatework.export.materialize import write_model
 from gatework.export.onnx_export import add_function_body, trace
@@ -30,6 +31,7 @@ from gatework.export.uptodate import build_inputs, tool_versions
 from gatework.export.weight_facts import weight_facts
 from gatework.plugins import engine_format
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe.spec import OP_TYPE
 from gatework.plugins.moe.spec import VERSION as PLUGIN_VERSION
 
 _PRECISIONS: dict[Dtype, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -121,6 +123,8 @@ def _write_graph(
         model = lower_to_cuda(model, config, precision, options.group)  # type: ignore[arg-type]
     else:
         model = lower_to_cpu(trace(config, options.max_seq), config, precision, options.group)  # type: ignore[arg-type]
+    if any(node.op_type == OP_TYPE for node in moe_nodes(model)):
+        add_function_body(model)
     names, facts = write_model(model, checkpoint, directory, progress=progress), weight_facts(model, config)
     model, packed = to_contrib(model)
     if packed:  # the same for machines without the kernels' library

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from gatework.export.calibration import Calibration, Range, check_range
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import ModelConfig
-from gatework.export.decoder import Layer, Step, norm, rope_tables
+from gatework.export.decoder import Layer, Step, norm, rope_tables, scaled
 from gatework.export.recorder import Recorder, Tracker
 from gatework.export.reference import load_weights
 from gatework.export.smoothing import column_absmax, smoothing_factors
@@ -117,7 +117,8 @@ def _windows(checkpoint: Checkpoint, token_ids: Sequence[int], size: int) -> lis
     positions = {len(part): torch.arange(len(part))[None] for part in parts}  # [1, S]; the last part may be shorter
     steps = {S: Step(config, at, at[:, 0], *rope_tables(config, S)) for S, at in positions.items()}
     table = checkpoint.read("embed.weight")  # [V, D]
-    return [_Window(table[part][None].float(), steps[len(part)]) for part in parts]
+    multiplier = config.embed_multiplier
+    return [_Window(scaled(table[part][None].float(), multiplier), steps[len(part)]) for part in parts]
 
 
 @dataclass(slots=True)

@@ -13,9 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from gatework.export import ckpt
 from gatework.export import folder as folders
 from gatework.export.config import Dtype, ModelConfig
-from gatework.export.families import FAMILIES, family_of, params_json
+from gatework.export.families import FAMILIES, family_of, grok1, params_json
 from gatework.export.families.fields import Fields
 from gatework.export.sources import Source, find_source
 from gatework.export.stored import TORCH_DTYPES, Stored
@@ -41,6 +42,8 @@ def read_config(path: str | PathLike[str]) -> ModelConfig:
     open_folder(path)
     if folders.exists(path, "config.json"):
         return read_hf_config(path)
+    if ckpt.has_ckpt(path):
+        return grok1.read_config(grok1.PUBLISHED)
     if not folders.exists(path, "params.json"):
         raise GateworkError(f"{path} has neither config.json nor params.json", fix="give a checkpoint folder")
     raw = folders.read_json(folders.member(path, "params.json"))
@@ -101,7 +104,12 @@ class Checkpoint:
         if source.layout == "hf":
             config = read_hf_config(path)
             weights = FAMILIES[config.family].weight_map(config)
+        elif source.layout == "ckpt":
+            raw = None if source.config is None else folders.read_json(source.config)
+            config = grok1.ckpt_config(raw, list(source.tensors))
+            weights = grok1.ckpt_weight_map(config)
         else:
+            assert source.config is not None
             config = read_params(folders.read_json(source.config), source)
             stacked = any(".block_sparse_moe." in name for name in source.tensors)
             weights = params_json.weight_map(config, stacked_experts=stacked)
@@ -169,7 +177,7 @@ class Checkpoint:
         first 256 bytes. The folder's own name and place do not count.
         """
         digest = hashlib.sha256()
-        for path in (self.source.config, *self.source.indexes):
+        for path in (*filter(None, (self.source.config,)), *self.source.indexes):
             digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
         for path, tensors in sorted(self.source.files.items()):
             digest.update(f"{path.relative_to(self.path)} {path.stat().st_size}\n".encode())

@@ -66,8 +66,13 @@ class ModelConfig:
     qkv_clip: float | None = None  # clamp q, k and v to [-c, c], after qk_norm "width" and before "head"
     bias: Bias | None = None  # of the products that make q, k and v; or of all products and norms, the head's included
     parallel: bool = False  # attention and feed-forward layer read one norm, and both are added to what came before it
-    activation: Activation = "silu"
     glu: Glu = "two_way"  # of the feed-forward layer: none, or gate and up
+    attn_scale: float | None = None  # of q k^T; None: 1 / sqrt(Dh)
+    attn_softcap: float | None = None  # c: scaled attention logits z become c tanh(z / c), before the mask
+    post_norms: bool = False  # RMS norms of what attention and feed-forward part give, before it is added to the stream
+    activation: Activation = "silu"
+    embed_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
     tie_embeddings: bool = False
     moe: MoEConfig | None = None
     dtype: Dtype = "float32"  # of the stored weights
@@ -104,8 +109,10 @@ class ModelConfig:
         if self.head_dim % 2:
             raise GateworkError("head_dim is odd, rotary embedding needs pairs", got=self.head_dim)
         self._check_positions()
-        for name in ("norm_eps", "rope_theta"):
+        for name in ("norm_eps", "rope_theta", "attn_scale", "attn_softcap", "embed_multiplier", "logit_multiplier"):
             value = getattr(self, name)
+            if value is None and name.startswith("attn_"):
+                continue
             if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
                 raise GateworkError(f"{name} is not a positive number", got=repr(value))
         if self.sliding_window is not None and self.sliding_window < 1:
@@ -114,6 +121,9 @@ class ModelConfig:
             )
         if self.qk_norm not in (None, *get_args(QKNorm)):
             raise GateworkError("qk_norm is not known", got=repr(self.qk_norm), expected="head, width or none")
+        if self.activation not in get_args(Activation):
+            expected = " or ".join(get_args(Activation))
+            raise GateworkError("activation is not known", got=repr(self.activation), expected=expected)
         if self.qkv_clip is not None and not self.qkv_clip > 0:
             raise GateworkError("qkv_clip is not positive", got=self.qkv_clip, expected="a positive bound, or none")
 
@@ -168,6 +178,8 @@ class ModelConfig:
                 q, k = (self.num_heads, self.num_kv_heads) if self.qk_norm == "width" else (1, 1)
                 layer |= {"attn.q_norm.weight": (q * Dh,), "attn.k_norm.weight": (k * Dh,)}
             layer |= _product("attn.o", D, self.num_heads * Dh, on_all)
+            if self.post_norms:
+                layer |= self._norm_shapes("attn_post_norm")
             if not self.parallel:
                 layer |= self._norm_shapes("ffn_norm")
             rows = GLU_MATRICES[self.glu] * I  # gate rows first, then up rows
@@ -177,6 +189,8 @@ class ModelConfig:
             else:
                 E = self.moe.num_experts
                 layer |= {"moe.router.weight": (E, D), "moe.w_in": (E, rows, D), "moe.w_out": (E, D, I)}
+            if self.post_norms:
+                layer |= self._norm_shapes("ffn_post_norm")
             shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
         shapes |= self._norm_shapes("norm")
         if not self.tie_embeddings:
@@ -210,6 +224,11 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, inverse of `from_dict`."""
         return asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
+
+    @property
+    def attention_scale(self) -> float:
+        """What q k^T is multiplied by."""
+        return self.head_dim**-0.5 if self.attn_scale is None else self.attn_scale
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gatework.export import cache_op
+from gatework.export import attention_op, cache_op
 from gatework.export.config import ModelConfig
 from gatework.plugins.moe import torch_op
 from gatework.plugins.moe.spec import GLU_MATRICES, MoEAttributes
@@ -140,7 +140,11 @@ class Attention(nn.Module):
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """What the queries find in the cache [B, Hkv, S_max, Dh], [B, S, H * Dh]; mask: see `attention_mask`."""
-        y, *_ = torch.onnx.ops.attention(q, k, v, mask, scale=self.config.head_dim**-0.5)
+        scale, softcap = self.config.attention_scale, self.config.attn_softcap
+        if softcap is None:
+            y, *_ = torch.onnx.ops.attention(q, k, v, mask, scale=scale)
+        else:
+            y = attention_op.capped_attention(q, k, v, mask, scale, softcap)
         return y.transpose(1, 2).flatten(2)
 
 
@@ -206,7 +210,7 @@ class Step:
 
 
 class Layer(nn.Module):
-    """Pre-norm block: attention, then the feed-forward layer, each added to the residual stream.
+    """Pre-norm block: attention, then the feed-forward layer, each added to the residual stream, normalised again or not.
 
     In a parallel one both read the same norm of the stream as it came in.
     """
@@ -219,6 +223,8 @@ class Layer(nn.Module):
             self.ffn_norm = norm(config)
         self.ffn = "mlp" if config.moe is None else "moe"  # the name under which its weights go
         self.add_module(self.ffn, MLP(config) if config.moe is None else MoE(config))
+        self.attn_post_norm = norm(config) if config.post_norms else nn.Identity()
+        self.ffn_post_norm = norm(config) if config.post_norms else nn.Identity()
 
     def forward(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         middle, k, v = self.attend(x, step, past_k, past_v)
@@ -227,15 +233,20 @@ class Layer(nn.Module):
     def attend(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The first half, and the updated cache."""
         y, k, v = self.attn(self.attn_norm(x), step, past_k, past_v)
-        return x + y, k, v
+        return x + self.attn_post_norm(y), k, v
 
     def feed_forward(self, middle: Tensor, x: Tensor) -> Tensor:
         """The second half: the stream after the first, and before it."""
-        return middle + self.get_submodule(self.ffn)(self.ffn_input(middle, x))
+        return middle + self.ffn_post_norm(self.get_submodule(self.ffn)(self.ffn_input(middle, x)))
 
     def ffn_input(self, middle: Tensor, x: Tensor) -> Tensor:
         """What the feed-forward layer reads; arguments as of `feed_forward`."""
         return self.attn_norm(x) if self.parallel else self.ffn_norm(middle)
+
+
+def scaled(x: Tensor, multiplier: float) -> Tensor:
+    """x times a number of the model's, in float32, which holds it better than narrower types do."""
+    return x if multiplier == 1.0 else (x.float() * multiplier).to(x.dtype)
 
 
 class Decoder(nn.Module):
@@ -267,7 +278,7 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, write_indices: Tensor, cache: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        x = self.embed(input_ids)  # [B, S, D]
+        x = scaled(self.embed(input_ids), self.config.embed_multiplier)  # [B, S, D]
         cos, sin = self.rope_cos.to(x.dtype), self.rope_sin.to(x.dtype)
         step = Step(self.config, position_ids, write_indices, cos, sin)
         present: list[Tensor] = []
@@ -278,7 +289,7 @@ class Decoder(nn.Module):
             x = x[:, -1:]
         x = self.norm(x)
         logits = F.linear(x, self.embed.weight) if self.config.tie_embeddings else self.lm_head(x)
-        return logits.float(), *present
+        return scaled(logits.float(), self.config.logit_multiplier), *present
 
     def empty_cache(self, batch: int) -> list[Tensor]:
         """Zeroed cache tensors for `batch` rows."""

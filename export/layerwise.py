@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gatework.export.checkpoint import Checkpoint
-from gatework.export.decoder import Layer, MoE, Step, attention_mask, moe_attributes, norm, rope_tables
+from gatework.export.decoder import Layer, MoE, Step, attention_mask, moe_attributes, norm, rope_tables, scaled
 from gatework.export.reference import load_weights
 from gatework.export.rounding import Format, Rounding
 from gatework.plugins.moe import torch_op
@@ -91,7 +91,8 @@ class LayerwiseReference:
         positions = torch.cat([torch.arange(len(part)) for part in ids])[None]
         step = Step(self.config, positions, positions[:, 0], *self._tables, masked=False)
         table = self.checkpoint.read("embed.weight")
-        return _Run(table[torch.cat(ids)][None].float(), spans, step)
+        hidden = scaled(table[torch.cat(ids)][None].float(), self.config.embed_multiplier)
+        return _Run(hidden, spans, step)
 
     @property
     def hidden(self) -> np.ndarray:
@@ -120,7 +121,10 @@ class LayerwiseReference:
     def _layer(self, i: int, local: _Run | None, engine: Recorded) -> Iterator[Compared]:
         with torch.device("meta"):
             layer = Layer(self.config).eval()
-        for name in ("attn_norm", "attn", *(() if layer.parallel else ("ffn_norm",))):
+        norms = (
+            ("attn_post_norm", "ffn_post_norm") if layer.parallel else ("attn_post_norm", "ffn_norm", "ffn_post_norm")
+        )
+        for name in ("attn_norm", "attn", *norms):
             load_weights(layer.get_submodule(name), self.checkpoint, f"layers.{i}.{name}.")
         middle = yield from self._attention(i, layer, local, engine)
         yield from self._feed_forward(i, layer, middle, local, engine)
@@ -137,7 +141,7 @@ class LayerwiseReference:
         q, k, v = layer.attn.project(layer.attn_norm(own.hidden), own.step)
         context = _read(layer, q, k, v, own)
         attention = layer.attn.o(context)
-        middle = own.hidden + attention
+        middle = own.hidden + layer.attn_post_norm(attention)
         if local is None:
             return middle
         x, step = local.hidden, local.step
@@ -158,7 +162,13 @@ class LayerwiseReference:
 
         yield self._compare(engine, i, "context", contexts, context[0])
         yield self._compare(engine, i, "attention", lambda _: layer.attn.o(taps["context"]), attention[0])
-        yield self._compare(engine, i, "residual", _sum(x[0], taps["attention"]), middle[0])
+        yield self._compare(
+            engine,
+            i,
+            "residual",
+            _sum(x[0], layer.attn_post_norm(taps["attention"]), normed=self.config.post_norms),
+            middle[0],
+        )
         return middle
 
     def _feed_forward(
@@ -194,10 +204,11 @@ class LayerwiseReference:
                 noise, bias = _sizes([y - want for y in off])
                 got = engine.rows(f"{prefix}experts")[1]
                 yield Compared(i, "experts", rows, got, want, noise, bias, branch[self._places[rows]])
-        self._own.hidden = middle + branch[None]
+        self._own.hidden = middle + layer.ffn_post_norm(branch[None])
         if residual is not None:
             found, added = engine.rows(f"{prefix}{'mlp' if config.moe is None else 'experts'}")
-            yield self._compare(engine, i, "output", _sum(residual[found], added), self._own.hidden[0], rows=found)
+            total = _sum(residual[found], layer.ffn_post_norm(added), normed=config.post_norms)
+            yield self._compare(engine, i, "output", total, self._own.hidden[0], rows=found)
 
     def _experts(self, i: int, runs: list[tuple[Tensor, Tensor, Rounding | None]]) -> list[Tensor]:
         """The MoE's output [T, D] for each run: tokens [T, D], router logits [T, E], and the rounding of its products."""
@@ -231,7 +242,7 @@ class LayerwiseReference:
         shift = self.checkpoint.read("lm_head.bias").float() if config.bias == "all" else None
 
         def head(x: Tensor) -> Tensor:
-            return F.linear(last(x), table, shift)
+            return scaled(F.linear(last(x), table, shift), config.logit_multiplier)
 
         for j, (first, end) in enumerate(self._own.spans):
             for start in range(first, end, _LOGIT_ROWS):
@@ -297,8 +308,11 @@ def _stored(rows: Tensor) -> Callable[[Rounding | None], Tensor]:
     return lambda rounding: rows if rounding is None else rounding.weight(rows)
 
 
-def _sum(x: Tensor, y: Tensor) -> Callable[[Rounding | None], Tensor]:
+def _sum(x: Tensor, y: Tensor, *, normed: bool = False) -> Callable[[Rounding | None], Tensor]:
+    """x + y; where y was normalised first, its own rounding counts."""
+    spread = y.abs() if normed else torch.zeros(())
+
     def work(rounding: Rounding | None) -> Tensor:
-        return x + y if rounding is None else rounding.sum_of(x + y, (x + y).abs())
+        return x + y if rounding is None else rounding.sum_of(x + y, (x + y).abs() + spread)
 
     return work

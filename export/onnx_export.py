@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import optimizer
 
-from gatework.export import cache_op
+from gatework.export import attention_op, cache_op
 from gatework.export.config import Dtype, ModelConfig
 from gatework.export.decoder import Decoder, MoE, rope_tables
 from gatework.export.lower.experts import attributes_of, moe_nodes
@@ -60,7 +60,11 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
             dynamic_shapes=(both, both, rows, [rows] * len(inputs[3])),
             input_names=["input_ids", "position_ids", "write_indices", *cache_names(traced, "past")],
             output_names=["logits", *cache_names(traced, "present")],
-            custom_translation_table={**torch_op.onnx_translation(), **cache_op.onnx_translation()},
+            custom_translation_table={
+                **torch_op.onnx_translation(),
+                **cache_op.onnx_translation(),
+                **attention_op.onnx_translation(),
+            },
         )
         assert program is not None
         model = _fold(program.model)

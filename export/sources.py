@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gatework.export import ckpt
 from gatework.export import folder as folders
 from gatework.export.readers import DOWNLOAD, read_safetensors, read_torch
 from gatework.export.stored import Stored, StoredTensor, merge
 from gatework.plugins.errors import GateworkError
 
-Layout = Literal["hf", "consolidated"]
+Layout = Literal["hf", "consolidated", "ckpt"]
 FileTensors = dict[Path, dict[str, StoredTensor]]
 
 # Model-parallel shards are joined along this axis, by the last part of the tensor's name (Meta's ColumnParallelLinear,
 # RowParallelLinear and ParallelEmbedding); what is not listed is the same in every shard.
 SHARD_DIM = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1, "tok_embeddings": 1}
-FIX = "give a folder with model.safetensors, pytorch_model.bin (or the index of either) or consolidated.* files"
+FIX = "give a folder with model.safetensors, pytorch_model.bin (or the index of either), consolidated.* or ckpt-0 files"
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """Weights as the files have them.
 
-    layout: whose tensor names they are. config: the file that describes the model. indexes: the files that list shards.
-    files: every weight file with its tensors. tensors: the same by name, shards joined.
+    layout: whose tensor names they are. config: the file that describes the model; ckpt-0 may lack it. indexes: the files that
+    list shards. files: every weight file with its tensors. tensors: the same by name, shards joined.
     """
 
     layout: Layout
-    config: Path
-    files: FileTensors
+    config: Path | None
+    files: Mapping[Path, Mapping[str, StoredTensor | ckpt.ScaledTensor]]
     tensors: dict[str, Stored]
     indexes: tuple[Path, ...] = ()
 
@@ -48,6 +49,10 @@ def find_source(folder: Path) -> Source:
                 return hugging_face(folder, [stem], read)
             if folders.exists(folder, f"{stem}.index.json"):
                 return indexed(folder, f"{stem}.index.json", read)
+    if ckpt.has_ckpt(folder):
+        files = ckpt.read_ckpt(folder)
+        config = folders.member(folder, "config.json") if folders.exists(folder, "config.json") else None
+        return Source("ckpt", config, files, {name: tensor for part in files.values() for name, tensor in part.items()})
     if folders.exists(folder, "params.json"):
         return consolidated(folder)
     if not folders.exists(folder, "config.json"):

@@ -12,7 +12,14 @@ from gatework.plugins.moe.spec import DOMAIN
 def name_taps(graph: ir.Graph, config: ModelConfig) -> None:
     """Give the values of the canonical graph that `layer_taps` lists their names."""
     (gather,) = (node for node in graph.initializers["embed.weight"].consumers() if node.op_type == "Gather")
-    gather.outputs[0].name = "embedding"
+    embedded = gather.outputs[0]
+    embedded.name = "embedding.rows"  # the exporter calls it "embedding" by itself
+    while len(users := embedded.consumers()) == 1 and users[0].op_type in (
+        "Cast",
+        "Mul",
+    ):  # by the embedding's multiplier
+        embedded = users[0].outputs[0]
+    embedded.name = "embedding"
     for i in range(config.num_layers):
         project = _product(graph, f"layers.{i}.attn.o.weight")
         attention = _with_bias(project.outputs[0])
@@ -55,7 +62,9 @@ def _with_bias(product: ir.Value) -> ir.Value:
 
 
 def _sum_with(branch: ir.Value) -> ir.Value:
-    """The residual stream after a branch was added to it."""
+    """The residual stream after a branch, normalised or not, was added to it."""
     (add,) = branch.consumers()
+    if add.op_type == "RMSNormalization":
+        (add,) = add.outputs[0].consumers()
     assert add.op_type == "Add", add.op_type
     return add.outputs[0]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import transformers
 
+from tests.originals import ORIGINALS, OriginalModel, write_original
+
 # Sizes by ModelConfig's names; `make_checkpoint` takes the same names as overrides.
 BASE: dict[str, Any] = {
     "vocab_size": 128,
@@ -48,6 +50,8 @@ TABLE: dict[str, tuple[str, dict[str, Any]]] = {  # model -> (model_type, sizes)
     "mpt": ("mpt", MPT),
     "mpt-clip": ("mpt", MPT | SIX_HEADS | {"qkv_clip": 2.0}),
 }
+
+MODELS = (*TABLE, *ORIGINALS)
 
 # Odd sizes that the issue asks for, one table for every test that sweeps them.
 ODD: dict[str, dict[str, Any]] = {
@@ -171,9 +175,12 @@ def make_checkpoint(
 ) -> Path:
     """Write a tiny random checkpoint in Hugging Face layout (safetensors) to a new subfolder of `folder`.
 
-    model: a key of TABLE. dtype: of the stored weights. overrides: sizes by ModelConfig's names, num_experts and top_k.
+    model: one of MODELS. dtype: of the stored weights. overrides: sizes by ModelConfig's names, num_experts and top_k.
     """
     path = new_folder(folder, model)
+    if model in ORIGINALS:
+        write_original(path, model, seed, dtype, overrides)
+        return path
     random_model(hf_config(model, **overrides), seed).to(dtype).save_pretrained(path)
     return path
 
@@ -187,8 +194,13 @@ def new_folder(folder: Path, name: str) -> Path:
     return path
 
 
-def reference_model(path: Path) -> transformers.PreTrainedModel:
-    """transformers' float32 model of a checkpoint: eager attention, eager experts, and DBRX's RoPE base set right."""
+def reference_model(path: Path) -> Any:
+    """transformers' float32 model of a checkpoint: eager attention, eager experts, and DBRX's RoPE base set right.
+
+    Of what transformers does not have, the reference decoder.
+    """
+    if path.name.rpartition("-")[0] in ORIGINALS:
+        return OriginalModel(path)
     config = transformers.AutoConfig.from_pretrained(path)
     if config.model_type == "dbrx":
         config.rope_parameters = {"rope_type": "default", "rope_theta": config.attn_config.rope_theta}

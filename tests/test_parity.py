@@ -16,11 +16,13 @@ from gatework.export.build import build_engine
 from gatework.runtime.backends.ort import OrtBackend
 from gatework.runtime.engine import Engine
 from tests.checkpoints import TABLE, make_checkpoint, odd_sizes, reference_model
+from tests.originals import ORIGINALS
 
 # float32 sums of a few hundred terms in another order: 1e-6; an error of meaning shows at 1e-3 and more
 RELATIVE = 1e-5
 NEW_TOKENS = 64
 CASES = [(model, "plain", seed, {}) for model in TABLE for seed in (0, 1, 2)]
+CASES += [(model, "plain", 0, {}) for model in ORIGINALS]
 CASES += [
     (model, name, seed, sizes)
     for model in ("llama2", "mistral", "mixtral", "dbrx")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gatework.export.config import ModelConfig
-from gatework.export.families import dbrx, llama, mistral, mixtral, mpt, olmoe, phi, qwen3, qwen3_moe
+from gatework.export.families import dbrx, grok1, llama, mistral, mixtral, mpt, olmoe, phi, qwen3, qwen3_moe
 from gatework.export.weights import WeightMap
 from gatework.plugins.errors import GateworkError
 
@@ -37,13 +37,18 @@ FAMILIES: dict[str, Family] = {
         "olmoe": olmoe,
         "phi": phi,
         "mpt": mpt,
+        "grok-1": grok1,
     }.items()
 }
+# Configs that leave model_type to their remote code.
+_BY_ARCHITECTURE = dict.fromkeys(grok1.ARCHITECTURES, "grok-1")
 
 
 def family_of(raw: dict[str, Any]) -> Family:
     """The family that a `config.json` asks for by its model_type; an unknown one is a GateworkError."""
     model_type = raw.get("model_type")
+    if model_type is None and isinstance(names := raw.get("architectures"), list) and names:
+        model_type = _BY_ARCHITECTURE.get(str(names[0]))
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         got = "none" if model_type is None else repr(model_type)
         raise GateworkError("unknown model_type", got=got, expected=f"one of {', '.join(FAMILIES)}")

@@ -20,6 +20,7 @@ from gatework.export.lower.moe import to_contrib_moe
 from gatework.export.lower.norm import fuse_residual_norm
 from gatework.export.lower.packed import to_packed_matmul, to_packed_moe
 from gatework.export.lower.products import Scales, quantize_products
+from gatework.export.lower.softcap import to_plain_softcap
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import WeightFormat
 
@@ -69,6 +70,8 @@ def _lower_to_ort(model: ir.Model, config: ModelConfig, bits: int | None, group:
     model, _ = hoist_last_position(model)
     if kernels.fused_attention:
         model, _ = to_group_query_attention(model, config, query_lengths=kernels.query_lengths)
+    else:
+        model, _ = to_plain_softcap(model)
     if bits is not None and kernels.packed:
         model, _ = to_packed_moe(model, bits=bits, group=group)
         model, _ = to_packed_matmul(model, bits=bits, group=group)
@@ -97,6 +100,7 @@ def lower_to_tensorrt(
     Post: products and experts are in the precision asked for; routers are float32, all else has the graph's own type.
     """
     model, _ = hoist_last_position(model)
+    model, _ = to_plain_softcap(model)
     model, _ = quantize_experts(model, WEIGHT_FORMATS[precision], group)
     if precision == "fp8" or precision == "int8" or precision == "int4":
         model, _ = quantize_products(model, precision, group=group, scales=scales)

@@ -116,6 +116,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: Lengt
         do_rotary=int(config.rotary_dim > 0),
         scale=float(node.attributes["scale"].value),
         local_window_size=config.sliding_window or -1,
+        softcap=config.attn_softcap or 0.0,
     )
     replace(k_write.outputs[0], present_k)
     replace(v_write.outputs[0], present_v)

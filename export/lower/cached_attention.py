@@ -29,10 +29,10 @@ def to_cached_attention(model: ir.Model) -> tuple[ir.Model, bool]:
         if given[_SINKS] is not None:
             continue
         q, past_k, past_v, cos, sin, k, v = (given[place] for place in _INPUTS)
-        assert past_k is not None
         build = Builder(graph, node)
         if cos is None:
-            cos = sin = build.constant(np.zeros((static_shape(past_k)[2], 0), np.float32))
+            assert past_k is not None and past_k.shape is not None
+            cos = sin = build.constant(np.zeros((int(past_k.shape[2]), 0), np.float32))  # type: ignore[arg-type]
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         settings = {name: attributes[name] for name in ("num_heads", "kv_num_heads", "scale")}
         settings |= {"softcap": attributes.get("softcap", 0.0), "window": max(attributes["local_window_size"], 0)}

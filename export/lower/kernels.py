@@ -10,6 +10,7 @@ class Kernels:
     """The differences between providers, as read from their sources and schemas.
 
     packed: quantised products and experts go to this package's own kernels.
+    function_bodies: experts that no contrib operator computes may stay gatework::MoE, whose definition the runtime runs.
     fused_attention: GroupQueryAttention has a kernel for the activations' type.
     query_lengths: GroupQueryAttention is told the new tokens per row. CUDA's learnt that only in 1.32, and needs it for prefill
     of several rows at once alone, which the runtime never does.
@@ -18,6 +19,7 @@ class Kernels:
     """
 
     packed: bool = False
+    function_bodies: bool = False
     fused_attention: bool = True
     query_lengths: bool = False
     attention_bias: bool = False
@@ -25,7 +27,7 @@ class Kernels:
     dense_multiple: int = 1
 
 
-CPU_KERNELS = Kernels(packed=True, query_lengths=True, attention_bias=True)
+CPU_KERNELS = Kernels(packed=True, function_bodies=True, query_lengths=True, attention_bias=True)
 CUDA_KERNELS = Kernels(expert_multiple=64, dense_multiple=8)  # dense rows are whole words of 128 bits
 # CUDA's GroupQueryAttention computes in 16 bits only; the standard Attention that it replaces has a float32 kernel.
 CUDA_FLOAT32_KERNELS = Kernels(fused_attention=False, dense_multiple=4)

@@ -34,6 +34,8 @@ def hoist_last_position(model: ir.Model) -> tuple[ir.Model, bool]:
         (normed,) = Builder(model.graph, before).op("Slice", x, *last.inputs[1:])
         normed.dtype = x.dtype
         before.replace_input_with(0, normed)
+    if (post_norm := producer(branch, "RMSNormalization")) is not None:
+        branch = post_norm.inputs[0]
     reshape = producer(branch, "Reshape")  # tokens of a MoE [T, D] back to [B, S, D], where S is 1 now
     if reshape is not None:
         (shape,) = Builder(model.graph, reshape).op("Shape", position)

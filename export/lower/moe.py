@@ -1,7 +1,8 @@
 """gatework::MoE -> ONNX Runtime's MoE (floats) or QMoE (int8, int4) contrib operator.
 
-Pre: gatework::MoE nodes with softmax scores, two-way SiLU gates and dense expert weights.
-Post: no gatework::MoE node is left. Gate and up rows are interleaved, as those kernels demand; a quantised expert width is
+Pre: gatework::MoE nodes with dense expert weights.
+Post: no gatework::MoE node is left, but those with other than softmax scores and two-way SiLU gates, where the target runs the
+operator's function body. Gate and up rows are interleaved, as those kernels demand; a quantised expert width is
 padded with zeros to whole groups and to the kernels' multiple, which changes no result. Router logits, computed in float32,
 are rounded to the type of x, the only one that the operators take.
 """
@@ -22,6 +23,7 @@ from gatework.export.lower.kernels import Kernels
 from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
 from gatework.export.quantize import quantize_rows
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe.spec import MoEAttributes
 
 # Gate and up rows in turn; with alpha 1, beta 0 and no limit: silu(gate) * up.
 SILU_GATE: dict[str, Any] = {
@@ -32,12 +34,24 @@ SILU_GATE: dict[str, Any] = {
 }
 
 
+def has_contrib(attributes: MoEAttributes) -> bool:
+    """Whether the contrib operators do what the operator does with these settings, on every kind of device."""
+    return attributes.scoring == "softmax" and attributes.activation == "silu" and attributes.glu == "two_way"
+
+
 def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int, kernels: Kernels) -> tuple[ir.Model, bool]:
     """Rewrite every MoE node; bits None keeps the graph's own type."""
     nodes = moe_nodes(model)
     for node in nodes:
         attributes = attributes_of(node)
-        assert attributes.scoring == "softmax" and attributes.activation == "silu" and attributes.glu == "two_way"
+        if not has_contrib(attributes):
+            if kernels.function_bodies:
+                continue
+            got = f"{attributes.scoring} scores, {attributes.glu} {attributes.activation} gates"
+            expected, fix = "softmax scores, two_way silu gates", "use --target cpu, or a GPU by its name"
+            raise GateworkError(
+                "this target has no kernels for the model's experts", got=got, expected=expected, fix=fix
+            )
         routing = {"k": attributes.top_k, "normalize_routing_weights": int(attributes.renormalize)}
         build = Builder(model.graph, node)
         x, router_logits, w_in, w_out = node.inputs[:4]

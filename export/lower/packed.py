@@ -19,13 +19,13 @@ from gatework.export.groups import HEAD_BITS, HEAD_GROUP, PADDED_GROUP, fit_grou
 from gatework.export.lower.cached_attention import to_group_query_attention
 from gatework.export.lower.experts import attributes_of, moe_nodes
 from gatework.export.lower.graph import MS, Builder, linear_users, linear_weight, replace
-from gatework.export.lower.moe import SILU_GATE
+from gatework.export.lower.moe import SILU_GATE, has_contrib
 from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
 from gatework.export.quantize import in_blocks, quantize_rows
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe import cpu_ops
 from gatework.plugins.moe.cpu_ops import BLOCK_ROWS, STEP_BYTES
-from gatework.plugins.moe.spec import DOMAIN
+from gatework.plugins.moe.spec import ATTRIBUTE_KINDS, DOMAIN, MoEAttributes
 
 _HEAD = "lm_head.weight"
 
@@ -131,8 +131,12 @@ def _experts_out(w_out: ir.Value, width: int, bits: int, group: int) -> Pack:
 def to_contrib(model: ir.Model) -> tuple[ir.Model, bool]:
     """Replace this package's operators by ONNX Runtime's MatMulNBits, QMoE and GroupQueryAttention.
 
-    Post: constant nodes undo the kernels' layout; ONNX Runtime evaluates them once, at load.
+    Nothing is replaced where QMoE cannot compute the experts. Post: constant nodes undo the kernels' layout; ONNX Runtime
+    evaluates them once, at load.
     """
+    experts = (_attributes(node) for node in model.graph if node.op_type == cpu_ops.MOE)
+    if not all(map(has_contrib, experts)):
+        return model, False
     model, modified = to_group_query_attention(model)
     for node in [node for node in model.graph if node.op_type in (cpu_ops.MATMUL, cpu_ops.MOE)]:
         build = Builder(model.graph, node)
@@ -146,6 +150,13 @@ def to_contrib(model: ir.Model) -> tuple[ir.Model, bool]:
 
 def _settings(node: ir.Node) -> dict[str, Any]:
     return {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+def _attributes(node: ir.Node) -> MoEAttributes:
+    """The operator's settings on a PackedMoE."""
+    return MoEAttributes.from_onnx(
+        {name: value for name, value in _settings(node).items() if name in ATTRIBUTE_KINDS and name != "group_size"}
+    )
 
 
 def _matmul_nbits(build: Builder, node: ir.Node) -> ir.Value:
@@ -163,7 +174,6 @@ def _matmul_nbits(build: Builder, node: ir.Node) -> ir.Value:
 
 def _qmoe(build: Builder, node: ir.Node) -> ir.Value:
     settings = _settings(node)
-    assert settings["scoring"] == "softmax" and settings["activation"] == "silu" and settings["glu"] == "two_way"
     x, router_logits, w_in, w_in_scale, w_out, w_out_scale = node.inputs
     E, D, I = (settings[name] for name in ("num_experts", "hidden_size", "expert_width"))
     bits, size = settings["bits"], settings["group_size"]

@@ -54,7 +54,7 @@ def write_graph(
     layers = {
         "PLUGIN_V3": len(moe_nodes(model)),
         "KV_CACHE_UPDATE": 2 * config.num_layers,
-        "ATTENTION_INPUT": config.num_layers,
+        "ATTENTION_INPUT": sum(node.op_type == "Attention" for node in model.graph),
     }
     write_model(model, checkpoint, folder, progress=progress)
     return Graph(folder / GRAPH, layers, experts, facts)

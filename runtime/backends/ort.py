@@ -209,8 +209,8 @@ def _open_session(
     options.inter_op_num_threads = 1
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    packed = engine_format.FALLBACK in engine.manifest["files"]
-    native = packed and _register_kernels(options)
+    packed = engine.manifest["target"] == "cpu" and engine.manifest["precision"] != "fp32"
+    native = packed and _register_kernels(options, engine)
     path = engine.path / (engine_format.FALLBACK if packed and not native else _GRAPH)
     providers: list[Any] = ["CPUExecutionProvider"]
     if on_gpu:
@@ -257,8 +257,8 @@ def _with_outputs(path: Path, taps: Sequence[str]) -> bytes:
     return content
 
 
-def _register_kernels(options: ort.SessionOptions) -> bool:
-    """Let a session find this package's CPU kernels; says so once if it has to do without."""
+def _register_kernels(options: ort.SessionOptions, engine: Engine) -> bool:
+    """Let a session find this package's CPU kernels; says so once if it has to do without, and raises if it cannot."""
     library = cpu_ops.find_library()
     if library is not None and ort.__version__.startswith(cpu_ops.ORT_VERSIONS):
         cpu_ops.chosen_path(library)
@@ -269,5 +269,8 @@ def _register_kernels(options: ort.SessionOptions) -> bool:
     else:
         tested = " and ".join(cpu_ops.ORT_VERSIONS)
         reason = f"gatework's CPU kernels were tested with ONNX Runtime {tested}, and this is {ort.__version__}"
+    if engine_format.FALLBACK not in engine.manifest["files"]:
+        fix = "install a C++ compiler and gatework again, or build with --precision fp32"
+        raise GateworkError(f"{engine.path} needs gatework's CPU kernels: {reason}", fix=fix)
     warnings.warn(f"{reason}; ONNX Runtime's are used, which are slower", stacklevel=2)  # shown once
     return False

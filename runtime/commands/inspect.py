@@ -151,6 +151,12 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
         rows.append(("layers", "attention and feed-forward side by side"))
     if (config.activation, config.glu) != ("silu", "two_way"):
         rows.append(("activation", f"{config.activation}, {'not gated' if config.glu == 'none' else 'gated'}"))
+    if config.attn_softcap is not None:
+        rows.append(("attention logits", f"capped to ±{config.attn_softcap:g}"))
+    if config.post_norms:
+        rows.append(("added to the stream", "normalised"))
+    if config.embed_multiplier != 1 or config.logit_multiplier != 1:
+        rows.append(("multipliers", f"embedding {config.embed_multiplier:g}, logits {config.logit_multiplier:g}"))
     if config.qkv_clip is not None:
         rows.append(("q, k, v clipped to", f"±{config.qkv_clip:g}"))
     return rows

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from gatework.export.stored import StoredTensor
 from gatework.plugins.errors import GateworkError
 from tests.checkpoints import TABLE, make_checkpoint, odd_sizes, reference_model
 from tests.formats import convert, formats_of
+from tests.golden.grok1 import weights as grok1
 
 Edit = Callable[[dict[str, Tensor]], object]
 
@@ -91,6 +93,71 @@ def llama_weights(model: Any) -> dict[str, Tensor]:
         tensors |= {f"{name}.weight": module.weight for name, module in parts.items()}
         expected |= {f"layers.{i}.{name}": tensor for name, tensor in tensors.items()}
     return expected
+
+
+def test_both_layouts_of_grok_1(tmp_path: Path) -> None:
+    """hpcai's names, which its conversion script gives to xAI's matrices turned."""
+    parameters = grok1.tensors(layers=2)
+    config = grok1.CONFIG | {"num_hidden_layers": 2}
+    ckpt = Checkpoint.open(grok1.write_ckpt(tmp_path / "xai", parameters, config))
+    names = {"rms_norm": "pre_attn_norm", "rms_norm_1": "post_attn_norm", "rms_norm_2": "pre_moe_norm"}
+    names |= {"rms_norm_3": "post_moe_norm", "router": "moe_block.gate", "multi_head_attention/linear": "attn.o_proj"}
+    names |= {f"multi_head_attention/{name}": f"attn.{name[0]}_proj" for name in ("query", "key", "value")}
+    tensors = {}
+    for (module, name), value in parameters.items():
+        tensor = torch.from_numpy(value if isinstance(value, np.ndarray) else grok1.dequantized(value))
+        if module.startswith("language_model"):
+            tensors["model.norm.scale" if name == "scale" else "model.embed_tokens.weight"] = tensor
+            continue
+        _, layer, part = module.split("/", 2)
+        prefix = f"model.layers.{layer.removeprefix('decoder_layer_')}"
+        if part.startswith("moe/"):
+            experts = {f"experts.{e}.{part[4:]}": tensor[e].t() for e in range(grok1.E)}
+            tensors |= {f"{prefix}.moe_block.{name}.weight": w.contiguous() for name, w in experts.items()}
+        elif name == "scale":
+            tensors[f"{prefix}.{names[part]}.scale"] = tensor
+        else:
+            tensors[f"{prefix}.{names[part]}.weight"] = tensor.t().contiguous()
+    path = tmp_path / "hpcai"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path / "model.safetensors")
+    checkpoint = Checkpoint.open(path)
+    assert checkpoint.config == ckpt.config
+    for name in ckpt.weights:
+        assert torch.equal(checkpoint.read(name), ckpt.read(name)), name
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["beside", "inside"])
+def test_weights_of_ckpt_0(tmp_path: Path, inside: bool) -> None:
+    """Codes times scales of their block of rows, turned; layers by number; read whole and in parts. Exact."""
+    parameters = grok1.tensors(layers=11)
+    path = grok1.write_ckpt(tmp_path / "grok", parameters)
+    if inside:  # the folder of the files itself
+        (path / "config.json").rename(path / "ckpt-0" / "config.json")
+        path /= "ckpt-0"
+    checkpoint = Checkpoint.open(path)
+    assert checkpoint.config.dtype == "float32"
+    assert checkpoint.fingerprint() == Checkpoint.open(path).fingerprint()
+
+    def stored(module: str, name: str = "w") -> Tensor:
+        found = parameters[f"transformer/decoder_layer_10/{module}", name]
+        return torch.from_numpy(found if isinstance(found, np.ndarray) else grok1.dequantized(found))
+
+    gate, up, down = (stored(f"moe/{name}").transpose(1, 2) for name in ("linear", "linear_v", "linear_1"))
+    expected = {"moe.w_in": torch.cat([gate, up], dim=1), "moe.w_out": down, "moe.router.weight": stored("router").t()}
+    parts = {"q": "query", "k": "key", "v": "value", "o": "linear"}
+    expected |= {f"attn.{part}.weight": stored(f"multi_head_attention/{name}").t() for part, name in parts.items()}
+    norms = ("attn_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm")
+    expected |= {
+        f"{norm}.weight": stored(f"rms_norm{end}", "scale")
+        for norm, end in zip(norms, ("", "_1", "_2", "_3"), strict=True)
+    }
+    for name, tensor in expected.items():
+        read = checkpoint.read(f"layers.10.{name}")
+        assert torch.equal(read, tensor), name
+        rows = torch.cat(list(checkpoint.parts(f"layers.10.{name}", max_bytes=4096)))
+        assert torch.equal(rows.view(tensor.shape), tensor), name
 
 
 def dbrx_weights(model: Any) -> dict[str, Tensor]:

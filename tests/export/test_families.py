@@ -14,7 +14,7 @@ import transformers
 
 from gatework.export.checkpoint import read_config
 from gatework.export.config import ModelConfig
-from gatework.export.families import FAMILIES, family_of, params_json
+from gatework.export.families import FAMILIES, family_of, grok1, params_json
 from gatework.export.options import fit_length
 from gatework.plugins.errors import GateworkError
 from tests.checkpoints import TABLE, hf_config
@@ -174,6 +174,34 @@ MPT = {
     "vocab_size": 50432,
 }
 
+GROK_1 = {
+    "architectures": ["Grok1ModelForCausalLM"],
+    "auto_map": {"AutoConfig": "configuration_grok1.Grok1Config"},
+    "vocab_size": 131072,
+    "hidden_size": 6144,
+    "intermediate_size": 32768,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 8,
+    "attn_output_multiplier": 0.08838834764831845,
+    "embedding_multiplier_scale": 78.38367176906169,
+    "output_multiplier_scale": 0.5773502691896257,
+    "max_attn_value": 30.0,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "use_cache": True,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+    "num_experts_per_tok": 2,
+    "num_experts": 8,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.35.0",
+}
+
 # name -> config, parameters, active parameters, bytes of keys and values per token in fp16
 PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "llama-7b": (llama(4096, 32, 32, 11008, rms_norm_eps=1e-6), 6_738_415_616, 6_738_415_616, 524_288),
@@ -198,6 +226,7 @@ PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "mpt-7b": (MPT, 6_649_286_656, 6_649_286_656, 524_288),
     "phi-1.5": (PHI, 1_418_270_720, 1_418_270_720, 196_608),
     "phi-2": (PHI_2, 2_779_683_840, 2_779_683_840, 327_680),
+    "grok-1": (GROK_1, 315_684_820_992, 83_756_587_008, 262_144),
 }
 
 # The params.json of Mixtral's first release, as it was passed around, to the letter.
@@ -369,6 +398,27 @@ def test_phi(raw: Raw) -> None:
     assert read(newer | {"rope_parameters": rope}) == config
 
 
+def test_grok_1() -> None:
+    """With and without model_type, and the shape that ckpt-0 stands for when no config is beside it."""
+    config = read(GROK_1)
+    assert config == read(GROK_1 | {"model_type": "grok-1"})
+    assert replace(config, dtype="float32") == grok1.read_config(grok1.PUBLISHED)
+    assert (config.attn_softcap, config.attn_scale, config.post_norms) == (30.0, 128**-0.5, True)
+    assert (config.embed_multiplier, config.logit_multiplier) == (pytest.approx(6144**0.5), pytest.approx(3**-0.5))
+    assert config.moe is not None
+    assert not config.moe.renormalize
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_files_of_grok_1_are_sorted_by_name() -> None:
+    names = grok1.tensor_names(64)
+    assert len(names) == 770
+    assert [names.index(f"decoder_layer_{i}/moe/linear/w") for i in (0, 1, 10, 19, 2)] == [2, 14, 26, 134, 146]
+    weights = grok1.ckpt_weight_map(read(GROK_1))
+    assert {ours: weight.shape for ours, weight in weights.items()} == read(GROK_1).tensor_shapes()
+    assert {piece.name for weight in weights.values() for piece in weight.pieces} == set(names)
+
+
 @pytest.mark.parametrize(("value", "renormalize"), [(1, True), (1.0, True), (None, False)])
 def test_dbrx_expert_weight_norm(value: Any, renormalize: bool) -> None:
     config = read(DBRX | {"ffn_config": DBRX["ffn_config"] | {"moe_normalize_expert_weights": value}})
@@ -451,6 +501,12 @@ UNSUPPORTED: dict[str, tuple[Raw, str]] = {
     "phi tied": (PHI | {"tie_word_embeddings": True}, "head with a bias"),
     "phi scaled": (PHI | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type"),
     "phi epsilon": (PHI | {"layer_norm_eps": "small"}, "layer_norm_eps"),
+    "grok untied": (GROK_1 | {"tie_word_embeddings": False}, "tie_word_embeddings"),
+    "grok quantised": (GROK_1 | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    "grok activation": (GROK_1 | {"hidden_act": "silu"}, "hidden_act"),
+    "grok cap": (GROK_1 | {"max_attn_value": 0}, "attn_softcap"),
+    "grok scale": (GROK_1 | {"attn_output_multiplier": -1}, "attn_scale"),
+    "grok class": (GROK_1 | {"model_type": "grok-1", "architectures": ["Grok2"]}, "architectures"),
     "nested": (DBRX | {"attn_config": [1]}, "attn_config"),
 }
 

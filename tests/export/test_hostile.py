@@ -27,7 +27,7 @@ from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import ModelConfig
 from gatework.plugins.errors import GateworkError
 from gatework.runtime.engine import Engine
-from tests import hostile
+from tests import hostile, hostile_ckpt
 from tests.checkpoints import make_checkpoint
 from tests.formats import convert
 from tests.hostile import GB, Record, call, nested, number, state, tensor, tensor_entry, text
@@ -409,6 +409,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # kind -> format of the checkp
     "config": ("hf", CONFIG),
     "params": ("meta-mp2", PARAMS),
     "tokenizer": ("hf", TOKENIZERS),
+    "ckpt": (hostile_ckpt.FORM, hostile_ckpt.CASES),
 }
 CASES = {
     f"{kind}: {name}": Case(form, craft, message)
@@ -425,6 +426,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     make_byte_level(mixtral)
     llama = make_checkpoint(folder, "llama2", num_layers=1)
     forms = {"hf": mixtral, "sharded": convert(mixtral, "sharded"), "bin": convert(mixtral, "bin")}
+    forms[hostile_ckpt.FORM] = hostile_ckpt.make(folder)
     return forms | {"meta-mp2": convert(llama, "meta-mp2"), "stacked": convert(mixtral, "stacked")}
 
 

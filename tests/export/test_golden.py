@@ -1,0 +1,44 @@
+"""The reference decoder against models that transformers does not have: logits by their authors' own code (tests/golden)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gatework.export.reference import load_decoder
+from tests.export.test_decoder import assert_close, run
+from tests.golden.grok1 import weights as grok1
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def golden(name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens [S] and logits [S, V] of two sequences, the longer one first."""
+    with np.load(GOLDEN / name / "logits.npz") as file:
+        return [(torch.from_numpy(file[f"tokens_{i}"]), torch.from_numpy(file[f"logits_{i}"])) for i in range(2)]
+
+
+def make(name: str, folder: Path) -> Path:
+    return grok1.write_ckpt(folder / name, grok1.tensors())
+
+
+@pytest.mark.parametrize("name", ["grok1"])
+@torch.inference_mode()
+def test_equals_the_original(tmp_path: Path, name: str) -> None:
+    """Prefill of a ragged batch, then cached decode of rows at different positions."""
+    (long, want), (short, want_short) = golden(name)
+    decoder = load_decoder(make(name, tmp_path), max_seq=32, all_logits=True)
+    ids = torch.stack([long[:8], torch.cat([short[:5], long[:3]])])  # the second row's padding is overwritten later
+    logits, cache, _ = run(decoder, ids, [0, 0], decoder.empty_cache(2))
+    assert_close(logits[0], want[:8], "prefill of the long row")
+    assert_close(logits[1, :5], want_short[:5], "prefill of the short row")
+    for step in range(4):
+        at = [8 + step, 5 + step]
+        logits, cache, _ = run(decoder, torch.stack([long[at[0], None], short[at[1], None]]), at, cache)
+        assert_close(logits[0, 0], want[at[0]], f"decode at {at[0]}")
+        assert_close(logits[1, 0], want_short[at[1]], f"decode at {at[1]}")
+    whole, *_ = run(decoder, long[None], [0], decoder.empty_cache(1))
+    assert_close(whole[0], want, "prefill at once")
