@@ -115,9 +115,16 @@ def _windows(checkpoint: Checkpoint, token_ids: Sequence[int], size: int) -> lis
     config = checkpoint.config
     parts = torch.tensor(token_ids).split(size)
     positions = {len(part): torch.arange(len(part))[None] for part in parts}  # [1, S]; the last part may be shorter
-    steps = {S: Step(config, at, at[:, 0], *rope_tables(config, S)) for S, at in positions.items()}
+    steps = {S: _step(config, at) for S, at in positions.items()}
     table = checkpoint.read("embed.weight")  # [V, D]
     return [_Window(table[part][None].float(), steps[len(part)]) for part in parts]
+
+
+def _step(config: ModelConfig, positions: Tensor) -> Step:
+    """Of one sequence, positions [1, S]."""
+    S = positions.shape[1]
+    tables, lengths = rope_tables(config, S), torch.tensor([[S]])
+    return Step(config, positions, positions[:, 0], S, *tables, prompt_lengths=lengths)
 
 
 @dataclass(slots=True)

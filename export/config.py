@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from gatework.plugins.errors import GateworkError
@@ -62,6 +62,8 @@ class ModelConfig:
     sliding_window: int | None = None  # W keys are visible, the query's own position included
     qk_norm: QKNorm | None = None  # RMS norm of q and k before RoPE: of each head by itself, or of all heads as one
     rope_dim: int | None = None  # the first so many values of a head rotate; none: all of them
+    ntk_length: int | None = None  # prompts longer than this rotate by a larger base (dynamic NTK)
+    logn_length: int | None = None  # queries beyond it are multiplied by the logarithm of their position, to this base
     alibi_bias_max: float | None = None  # ALiBi in the place of rotation: the last head's slope is 2^-max
     qkv_clip: float | None = None  # clamp q, k and v to [-c, c], after qk_norm "width" and before "head"
     bias: Bias | None = None  # of the products that make q, k and v; or of all products and norms, the head's included
@@ -126,8 +128,15 @@ class ModelConfig:
         if self.alibi_bias_max is not None:
             if not (math.isfinite(self.alibi_bias_max) and self.alibi_bias_max > 0):
                 raise GateworkError("alibi_bias_max is not a positive number", got=self.alibi_bias_max)
-            if self.rope_dim is not None:
-                raise GateworkError("rope_dim and alibi_bias_max exclude each other", got=self.rope_dim)
+            for name in ("rope_dim", "ntk_length"):
+                if getattr(self, name) is not None:
+                    raise GateworkError(f"{name} and alibi_bias_max exclude each other", got=getattr(self, name))
+        for name in ("ntk_length", "logn_length"):
+            length = getattr(self, name)
+            if length is not None and not (type(length) is int and 2 <= length <= MAX_SIZE):
+                raise GateworkError(f"{name} is out of range", got=repr(length), expected=f"2 to {MAX_SIZE}, or none")
+        if self.ntk_length is not None and self.rotary_dim < 4:
+            raise GateworkError("dynamic NTK needs more than one pair that rotates", got=self.rotary_dim)
 
     def _check_layers(self) -> None:
         """What a layer is made of."""
@@ -154,6 +163,14 @@ class ModelConfig:
     def context_limit(self) -> int:
         """Positions that the model can be run on: with ALiBi more than it was made for."""
         return self.max_position_embeddings if self.alibi_bias_max is None else MAX_SIZE
+
+    def within(self, max_seq: int) -> ModelConfig:
+        """The same model where no sequence has more positions: what begins to matter beyond is left out."""
+        ntk, logn = (
+            length if length is not None and length < max_seq else None
+            for length in (self.ntk_length, self.logn_length)
+        )
+        return replace(self, ntk_length=ntk, logn_length=logn)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name and shape of every weight, in graph order. Matrices are (out, in); experts are (E, out, in)."""

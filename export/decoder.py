@@ -6,6 +6,8 @@ width, I feed-forward width, E experts, V vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,11 +28,43 @@ def moe_attributes(config: ModelConfig) -> MoEAttributes:
 def rope_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta^(-2j/R), each [length, R/2] float32 (RoFormer, arXiv:2104.09864, section 3.2.2).
 
-    R: the values of a head that rotate, Dh in most models.
+    R: the values of a head that rotate, Dh in most models. With dynamic NTK a table for each base, one below the other; which
+    one is for a sequence tells `rope_positions`.
     """
-    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.int64).float() / config.rotary_dim
-    angles = torch.outer(torch.arange(length).float(), 1.0 / (config.rope_theta**exponents))
+    R = config.rotary_dim
+    exponents = torch.arange(0, R, 2, dtype=torch.int64).float() / max(R, 1)
+    bases = [
+        config.rope_theta * alpha ** (R / (R - 2)) if alpha > 1 else config.rope_theta
+        for alpha in alphas(config, length)
+    ]
+    angles = torch.cat([torch.outer(torch.arange(length).float(), 1.0 / (base**exponents)) for base in bases])
     return angles.cos(), angles.sin()
+
+
+def alphas(config: ModelConfig, length: int) -> list[int]:
+    """Dynamic NTK's factors for prompts of up to `length` positions: 1, and 3, 7, 15, ... from each doubling on."""
+    found = [1]
+    while config.ntk_length is not None and length > config.ntk_length << (len(found) - 1):
+        found.append(2 * found[-1] + 1)
+    return found
+
+
+def rope_positions(config: ModelConfig, position_ids: Tensor, prompt_lengths: Tensor | None, max_seq: int) -> Tensor:
+    """Rows of `rope_tables` [B, S]: positions, in the table that the prompt's length asks for; prompt_lengths [B, 1 or S]."""
+    if config.ntk_length is None:
+        return position_ids
+    assert prompt_lengths is not None, "dynamic NTK depends on the prompts' lengths"
+    steps = range(len(alphas(config, max_seq)) - 1)
+    passed = [(prompt_lengths > config.ntk_length << step).to(torch.int64) for step in steps]
+    return position_ids + sum(passed, torch.zeros_like(prompt_lengths)) * max_seq
+
+
+def query_scale(config: ModelConfig, position_ids: Tensor) -> Tensor | None:
+    """What log-n attention multiplies queries by, from position `logn_length` on, [B, S, 1] float32."""
+    if config.logn_length is None:
+        return None
+    scale = (position_ids + 1).float().log() / math.log(config.logn_length)
+    return scale.clamp(min=1.0)[..., None]
 
 
 def alibi_slopes(config: ModelConfig, device: torch.device | None = None) -> Tensor:
@@ -127,7 +161,10 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, S, Dh], and keys and values [B, Hkv, S, Dh] as the cache holds them."""
-        q, k, v = self.heads(self.q(x), "q_norm"), self.heads(self.k(x), "k_norm"), self.heads(self.v(x))
+        q = self.q(x)
+        if step.query_scale is not None:
+            q = q * step.query_scale.to(q.dtype)
+        q, k, v = self.heads(q, "q_norm"), self.heads(self.k(x), "k_norm"), self.heads(self.v(x))
         return self.rotated(q, step), self.rotated(k, step), v
 
     def rotated(self, heads: Tensor, step: Step) -> Tensor:
@@ -135,7 +172,7 @@ class Attention(nn.Module):
         if not self.config.rotary_dim:
             return heads
         part = 0 if self.config.rope_dim is None else self.config.rope_dim  # 0: all of a head
-        angles = (step.cos, step.sin, step.position_ids)
+        angles = (step.cos, step.sin, step.rope_positions)
         return torch.onnx.ops.rotary_embedding(heads, *angles, rotary_embedding_dim=part)
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -186,7 +223,8 @@ class MoE(nn.Module):
 class Step:
     """What every layer of one forward pass shares.
 
-    masked: with the mask, which the projections alone do not need.
+    max_seq: S_max. cos, sin: `rope_tables`. prompt_lengths: see `rope_positions`. masked: with the mask,
+    which the projections alone do not need.
     """
 
     def __init__(
@@ -194,15 +232,18 @@ class Step:
         config: ModelConfig,
         position_ids: Tensor,
         write_indices: Tensor,
+        max_seq: int,
         cos: Tensor,
         sin: Tensor,
         *,
+        prompt_lengths: Tensor | None = None,
         masked: bool = True,
     ) -> None:
-        self.position_ids = position_ids  # [B, S]
         self.write_indices = write_indices  # [B]
-        self.cos, self.sin = cos, sin  # [S_max, R/2]
-        self.mask = attention_mask(config, position_ids, cos.shape[0], cos.dtype) if masked else None
+        self.cos, self.sin = cos, sin
+        self.rope_positions = rope_positions(config, position_ids, prompt_lengths, max_seq)  # [B, S]
+        self.query_scale = query_scale(config, position_ids)
+        self.mask = attention_mask(config, position_ids, max_seq, cos.dtype) if masked else None
 
 
 class Layer(nn.Module):
@@ -246,12 +287,14 @@ class Decoder(nn.Module):
         position_ids: [B, S] int64 absolute positions.
         write_indices: [B] int64 cache slot of each row's first new key.
         cache: 2L tensors [B, Hkv, S_max, Dh] in the activation dtype, k and v of each layer in turn; not modified.
+        prompt_lengths: [B] int64, where the model has dynamic NTK and S_max is longer than what it was trained on.
 
     Returns the logits, [B, 1, V] float32 of the last position ([B, S, V] with `all_logits`), then the updated cache tensors.
     """
 
     def __init__(self, config: ModelConfig, max_seq: int, *, all_logits: bool = False) -> None:
         super().__init__()
+        config = config.within(max_seq)
         self.config, self.max_seq, self.all_logits = config, max_seq, all_logits
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
@@ -265,11 +308,17 @@ class Decoder(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, write_indices: Tensor, cache: list[Tensor]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        write_indices: Tensor,
+        cache: list[Tensor],
+        prompt_lengths: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         x = self.embed(input_ids)  # [B, S, D]
         cos, sin = self.rope_cos.to(x.dtype), self.rope_sin.to(x.dtype)
-        step = Step(self.config, position_ids, write_indices, cos, sin)
+        lengths = None if prompt_lengths is None else prompt_lengths[:, None]
+        step = Step(self.config, position_ids, write_indices, self.max_seq, cos, sin, prompt_lengths=lengths)
         present: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             x, k, v = layer(x, step, cache[2 * i], cache[2 * i + 1])

@@ -66,18 +66,26 @@ class LayerwiseReference:
 
     Args:
         sequences: token ids, each from an empty cache.
+        prompts: how many tokens of each are its prompt.
         tapped: the sequences, by number, whose steps the engine recorded, in the order of its rows; may repeat.
         form: the engine's number formats.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], tapped: Sequence[int], form: Format
+        self,
+        checkpoint: Checkpoint,
+        sequences: Sequence[Sequence[int]],
+        prompts: Sequence[int],
+        tapped: Sequence[int],
+        form: Format,
     ) -> None:
-        self.checkpoint, self.config, self._form = checkpoint, checkpoint.config, form
+        self.checkpoint, self._form, self._prompts = checkpoint, form, prompts
+        self._longest = max(map(len, sequences))
+        self.config = checkpoint.config.within(self._longest)
         self._generator = torch.Generator().manual_seed(0)
         self.layers = 0  # that are through
         self._sequences, self._tapped = sequences, tapped
-        self._tables = rope_tables(self.config, max(map(len, sequences)))
+        self._tables = rope_tables(self.config, self._longest)
         self._own = self._start(range(len(sequences)))
         starts = [span[0] for span in self._own.spans]
         parts = [torch.arange(len(sequences[j])) + starts[j] for j in tapped]
@@ -89,7 +97,11 @@ class LayerwiseReference:
         ends = torch.tensor([0, *map(len, ids)]).cumsum(0).tolist()
         spans = list(itertools.pairwise(ends))
         positions = torch.cat([torch.arange(len(part)) for part in ids])[None]
-        step = Step(self.config, positions, positions[:, 0], *self._tables, masked=False)
+        lengths = torch.cat([torch.full_like(part, self._prompts[j]) for j, part in zip(chosen, ids, strict=True)])[
+            None
+        ]
+        what = (self.config, positions, positions[:, 0], self._longest, *self._tables)
+        step = Step(*what, prompt_lengths=lengths, masked=False)
         table = self.checkpoint.read("embed.weight")
         return _Run(table[torch.cat(ids)][None].float(), spans, step)
 

@@ -24,6 +24,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "cl100k_base.tiktoken",
+    "qwen.tiktoken",
 )
 
 # Fields of manifest.json and the types that they must have.

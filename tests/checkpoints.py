@@ -44,6 +44,7 @@ TABLE: dict[str, tuple[str, dict[str, Any]]] = {  # model -> (model_type, sizes)
     "qwen3": ("qwen3", BASE | {"head_dim": 32, "norm_eps": 1e-6, "tie_embeddings": True}),
     "qwen3_moe": ("qwen3_moe", BASE | MOE | {"head_dim": 32, "norm_eps": 1e-6, "renormalize": True}),
     "olmoe": ("olmoe", BASE | MOE | {"renormalize": False, "qkv_clip": 2.0}),
+    "qwen2": ("qwen2", BASE | {"norm_eps": 1e-6}),
     "phi": ("phi", BASE | {"hidden_size": 128, "num_kv_heads": 4, "rope_dim": 16}),  # of 32
     "mpt": ("mpt", MPT),
     "mpt-clip": ("mpt", MPT | SIX_HEADS | {"qkv_clip": 2.0}),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gatework.export.config import ModelConfig
-from gatework.export.families import dbrx, llama, mistral, mixtral, mpt, olmoe, phi, qwen3, qwen3_moe
+from gatework.export.families import dbrx, llama, mistral, mixtral, mpt, olmoe, phi, qwen, qwen2, qwen3, qwen3_moe
 from gatework.export.weights import WeightMap
 from gatework.plugins.errors import GateworkError
 
@@ -36,6 +36,8 @@ FAMILIES: dict[str, Family] = {
         "qwen3_moe": qwen3_moe,
         "olmoe": olmoe,
         "phi": phi,
+        "qwen": qwen,
+        "qwen2": qwen2,
         "mpt": mpt,
     }.items()
 }

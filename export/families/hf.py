@@ -183,6 +183,8 @@ def _weight_map(config: ModelConfig, moe: str, expert_parts: tuple[str, str, str
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         names[f"{ours}.attn_norm.weight"] = f"{theirs}.input_layernorm.weight"
         names |= {f"{ours}.attn.{part}.weight": f"{theirs}.self_attn.{part}_proj.weight" for part in "qkvo"}
+        if config.bias is not None:
+            names |= {f"{ours}.attn.{part}.bias": f"{theirs}.self_attn.{part}_proj.bias" for part in "qkv"}
         if config.qk_norm is not None:
             names |= {f"{ours}.attn.{part}_norm.weight": f"{theirs}.self_attn.{part}_norm.weight" for part in "qk"}
         names[f"{ours}.ffn_norm.weight"] = f"{theirs}.post_attention_layernorm.weight"

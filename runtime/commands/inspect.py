@@ -151,6 +151,10 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
         rows.append(("layers", "attention and feed-forward side by side"))
     if (config.activation, config.glu) != ("silu", "two_way"):
         rows.append(("activation", f"{config.activation}, {'not gated' if config.glu == 'none' else 'gated'}"))
+    if config.ntk_length is not None:
+        rows.append(("dynamic NTK", f"prompts longer than {config.ntk_length:,} tokens"))
+    if config.logn_length is not None:
+        rows.append(("queries scaled", f"beyond {config.logn_length:,} tokens"))
     if config.qkv_clip is not None:
         rows.append(("q, k, v clipped to", f"±{config.qkv_clip:g}"))
     return rows

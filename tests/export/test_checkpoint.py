@@ -89,6 +89,8 @@ def llama_weights(model: Any) -> dict[str, Tensor]:
             gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
             tensors = {"mlp.w_in": gate_up, "mlp.w_out": mlp.down_proj.weight}
         tensors |= {f"{name}.weight": module.weight for name, module in parts.items()}
+        biases = {name: getattr(module, "bias", None) for name, module in parts.items()}
+        tensors |= {f"{name}.bias": bias for name, bias in biases.items() if bias is not None}
         expected |= {f"layers.{i}.{name}": tensor for name, tensor in tensors.items()}
     return expected
 
