@@ -24,11 +24,13 @@ class MoEConfig:
     """Routing of a mixture-of-experts feed-forward layer.
 
     renormalize: the K chosen scores are divided by their sum (Mixtral, DBRX).
+    shared_width: of an expert besides, which every token goes through, weighed by the sigmoid of a score of its own.
     """
 
     num_experts: int
     top_k: int
     renormalize: bool = True
+    shared_width: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
@@ -37,6 +39,8 @@ class MoEConfig:
             raise GateworkError(
                 "top_k is out of range", got=self.top_k, expected=f"1 to num_experts={self.num_experts}"
             )
+        if self.shared_width is not None and not 1 <= self.shared_width <= MAX_SIZE:
+            raise GateworkError("shared_width is out of range", got=self.shared_width, expected=f"1 to {MAX_SIZE}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +168,13 @@ class ModelConfig:
         """Positions that the model can be run on: with ALiBi more than it was made for."""
         return self.max_position_embeddings if self.alibi_bias_max is None else MAX_SIZE
 
+    def ntk_alphas(self, length: int) -> list[int]:
+        """Dynamic NTK's factors for prompts of up to `length` positions: 1, and 3, 7, 15, ... from each doubling on."""
+        found = [1]
+        while self.ntk_length is not None and length > self.ntk_length << (len(found) - 1):
+            found.append(2 * found[-1] + 1)
+        return found
+
     def within(self, max_seq: int) -> ModelConfig:
         """The same model where no sequence has more positions: what begins to matter beyond is left out."""
         ntk, logn = (
@@ -194,6 +205,9 @@ class ModelConfig:
             else:
                 E = self.moe.num_experts
                 layer |= {"moe.router.weight": (E, D), "moe.w_in": (E, rows, D), "moe.w_out": (E, D, I)}
+                if (width := self.moe.shared_width) is not None:
+                    layer |= {"moe.shared.router.weight": (1, D)}
+                    layer |= {"moe.shared.w_in": (GLU_MATRICES[self.glu] * width, D), "moe.shared.w_out": (D, width)}
             shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
         shapes |= self._norm_shapes("norm")
         if not self.tie_embeddings:

@@ -6,14 +6,13 @@ width, I feed-forward width, E experts, V vocabulary.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gatework.export import cache_op
 from gatework.export.config import ModelConfig
+from gatework.export.positions import attention_mask, query_scale, rope_positions, rope_tables
 from gatework.plugins.moe import torch_op
 from gatework.plugins.moe.spec import GLU_MATRICES, MoEAttributes
 
@@ -23,77 +22,6 @@ def moe_attributes(config: ModelConfig) -> MoEAttributes:
     assert config.moe is not None
     top_k, renormalize = config.moe.top_k, config.moe.renormalize
     return MoEAttributes(top_k=top_k, renormalize=renormalize, activation=config.activation, glu=config.glu)
-
-
-def rope_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2j/R), each [length, R/2] float32 (RoFormer, arXiv:2104.09864, section 3.2.2).
-
-    R: the values of a head that rotate, Dh in most models. With dynamic NTK a table for each base, one below the other; which
-    one is for a sequence tells `rope_positions`.
-    """
-    R = config.rotary_dim
-    exponents = torch.arange(0, R, 2, dtype=torch.int64).float() / max(R, 1)
-    bases = [
-        config.rope_theta * alpha ** (R / (R - 2)) if alpha > 1 else config.rope_theta
-        for alpha in alphas(config, length)
-    ]
-    angles = torch.cat([torch.outer(torch.arange(length).float(), 1.0 / (base**exponents)) for base in bases])
-    return angles.cos(), angles.sin()
-
-
-def alphas(config: ModelConfig, length: int) -> list[int]:
-    """Dynamic NTK's factors for prompts of up to `length` positions: 1, and 3, 7, 15, ... from each doubling on."""
-    found = [1]
-    while config.ntk_length is not None and length > config.ntk_length << (len(found) - 1):
-        found.append(2 * found[-1] + 1)
-    return found
-
-
-def rope_positions(config: ModelConfig, position_ids: Tensor, prompt_lengths: Tensor | None, max_seq: int) -> Tensor:
-    """Rows of `rope_tables` [B, S]: positions, in the table that the prompt's length asks for; prompt_lengths [B, 1 or S]."""
-    if config.ntk_length is None:
-        return position_ids
-    assert prompt_lengths is not None, "dynamic NTK depends on the prompts' lengths"
-    steps = range(len(alphas(config, max_seq)) - 1)
-    passed = [(prompt_lengths > config.ntk_length << step).to(torch.int64) for step in steps]
-    return position_ids + sum(passed, torch.zeros_like(prompt_lengths)) * max_seq
-
-
-def query_scale(config: ModelConfig, position_ids: Tensor) -> Tensor | None:
-    """What log-n attention multiplies queries by, from position `logn_length` on, [B, S, 1] float32."""
-    if config.logn_length is None:
-        return None
-    scale = (position_ids + 1).float().log() / math.log(config.logn_length)
-    return scale.clamp(min=1.0)[..., None]
-
-
-def alibi_slopes(config: ModelConfig, device: torch.device | None = None) -> Tensor:
-    """What ALiBi subtracts from a score per position between query and key, by head: [H] float32 (arXiv:2108.12409).
-
-    For a number of heads that is no power of two, those of the next one: every second from the second, then from the first.
-    """
-    assert config.alibi_bias_max is not None
-    count = 1 << (config.num_heads - 1).bit_length()
-    slopes = torch.pow(2.0, torch.arange(1, count + 1, device=device).float() * (-config.alibi_bias_max / count))
-    return slopes if count == config.num_heads else torch.cat([slopes[1::2], slopes[::2]])[: config.num_heads]
-
-
-def attention_mask(
-    config: ModelConfig, position_ids: Tensor, max_seq: int, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """True where a query may look: [B, 1, S, S_max], keys at or before it and, with a window, at most W - 1 before it.
-
-    With ALiBi what is added to the scores instead, [B, H, S, S_max] `dtype`.
-    """
-    keys = torch.arange(max_seq, device=position_ids.device)[None, None, None, :]
-    queries = position_ids[:, None, :, None]
-    mask = keys <= queries
-    if config.sliding_window is not None:
-        mask = mask & (keys > queries - config.sliding_window)
-    if config.alibi_bias_max is None:
-        return mask
-    bias = alibi_slopes(config, position_ids.device)[:, None, None] * (keys - queries).float()
-    return torch.where(mask, bias.to(dtype), torch.finfo(dtype).min)
 
 
 def weight(*shape: int) -> nn.Parameter:
@@ -184,9 +112,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Dense feed-forward layer: down(act(gate x) * up x), or down(act(up x)) without a gate."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
-        D, I, bias = config.hidden_size, config.intermediate_size, config.bias == "all"
+        D, I, bias = config.hidden_size, width, config.bias == "all"
         self.act, self.gated = torch_op.ACTIVATIONS[config.activation], config.glu == "two_way"
         rows = GLU_MATRICES[config.glu] * I
         self.w_in, self.w_out = weight(rows, D), weight(D, I)
@@ -203,8 +131,23 @@ class MLP(nn.Module):
         return F.linear(h, self.w_out, self.b_out)
 
 
+class SharedExpert(MLP):
+    """An expert that every token goes through, weighed by the sigmoid of its router's score, which is in float32."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__(config, width)
+        self.router = Linear(1, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.share(x) * super().forward(x)
+
+    def share(self, x: Tensor) -> Tensor:
+        """[B, S, 1]."""
+        return F.linear(x.float(), self.router.weight.float()).sigmoid().to(x.dtype)
+
+
 class MoE(nn.Module):
-    """Routed feed-forward layer: the router in float32, then `gatework::MoE`."""
+    """Routed feed-forward layer: the router in float32, then `gatework::MoE`, and the shared expert if there is one."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -213,11 +156,14 @@ class MoE(nn.Module):
         E, D, I = config.moe.num_experts, config.hidden_size, config.intermediate_size
         self.router = Linear(E, D)
         self.w_in, self.w_out = weight(E, self.attributes.w_in_rows(I), D), weight(E, D, I)
+        width = config.moe.shared_width
+        self.shared = None if width is None else SharedExpert(config, width)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)  # [T, D]
         logits = F.linear(tokens.float(), self.router.weight.float())  # [T, E]
-        return torch_op.moe(tokens, logits, self.w_in, self.w_out, self.attributes).view_as(x)
+        y = torch_op.moe(tokens, logits, self.w_in, self.w_out, self.attributes).view_as(x)
+        return y if self.shared is None else y + self.shared(x)
 
 
 class Step:
@@ -259,7 +205,7 @@ class Layer(nn.Module):
         if not config.parallel:
             self.ffn_norm = norm(config)
         self.ffn = "mlp" if config.moe is None else "moe"  # the name under which its weights go
-        self.add_module(self.ffn, MLP(config) if config.moe is None else MoE(config))
+        self.add_module(self.ffn, MLP(config, config.intermediate_size) if config.moe is None else MoE(config))
 
     def forward(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         middle, k, v = self.attend(x, step, past_k, past_v)

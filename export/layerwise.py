@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gatework.export.checkpoint import Checkpoint
-from gatework.export.decoder import Layer, MoE, Step, attention_mask, moe_attributes, norm, rope_tables
+from gatework.export.decoder import MLP, Layer, MoE, SharedExpert, Step, moe_attributes, norm
+from gatework.export.positions import attention_mask, rope_tables
 from gatework.export.reference import load_weights
 from gatework.export.rounding import Format, Rounding
 from gatework.plugins.moe import torch_op
@@ -206,9 +207,17 @@ class LayerwiseReference:
                 noise, bias = _sizes([y - want for y in off])
                 got = engine.rows(f"{prefix}experts")[1]
                 yield Compared(i, "experts", rows, got, want, noise, bias, branch[self._places[rows]])
+            if moe.shared is not None:
+                load_weights(moe.shared, self.checkpoint, f"{prefix}moe.shared.")
+                own_shared = moe.shared(own_x)
+                branch = branch + own_shared
+                if read is not None:
+                    yield self._compare(engine, i, "shared", _shared(moe.shared, read), own_shared)
         self._own.hidden = middle + branch[None]
         if residual is not None:
             found, added = engine.rows(f"{prefix}{'mlp' if config.moe is None else 'experts'}")
+            if config.moe is not None and config.moe.shared_width is not None:
+                added = added + engine.rows(f"{prefix}shared")[1]
             yield self._compare(engine, i, "output", _sum(residual[found], added), self._own.hidden[0], rows=found)
 
     def _experts(self, i: int, runs: list[tuple[Tensor, Tensor, Rounding | None]]) -> list[Tensor]:
@@ -303,6 +312,12 @@ def _read(layer: Layer, q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:
 def _flat(heads: Tensor) -> Tensor:
     """[1, Hkv, n, Dh] -> [n, Hkv * Dh]."""
     return heads[0].transpose(0, 1).flatten(1)
+
+
+def _shared(expert: SharedExpert, x: Tensor) -> Callable[[Rounding | None], Tensor]:
+    """What the shared expert adds to rows [n, D]; its router is in floats."""
+    share = expert.share(x)
+    return lambda _: share * MLP.forward(expert, x)
 
 
 def _stored(rows: Tensor) -> Callable[[Rounding | None], Tensor]:

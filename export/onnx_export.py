@@ -15,9 +15,10 @@ from onnxscript import optimizer
 
 from gatework.export import cache_op
 from gatework.export.config import Dtype, ModelConfig
-from gatework.export.decoder import Decoder, MoE, rope_tables
+from gatework.export.decoder import Decoder, MoE, SharedExpert
 from gatework.export.lower.experts import attributes_of, moe_nodes
 from gatework.export.packing import identity_pack, set_pack
+from gatework.export.positions import rope_tables
 from gatework.export.repeat import repeat_last_layer
 from gatework.export.taps import name_taps
 from gatework.plugins.moe import onnx_op, torch_op
@@ -44,7 +45,7 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
     with torch.device("meta"):
         decoder = Decoder(traced, max_seq, all_logits=all_logits).to(torch_dtype).eval()
         for module in decoder.modules():
-            if isinstance(module, MoE):
+            if isinstance(module, MoE | SharedExpert):
                 module.router.float()
         ids = torch.zeros(2, 5, dtype=torch.int64)
         inputs = (ids, ids.clone(), ids[:, 0].clone(), decoder.empty_cache(2))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import ModelConfig
-from gatework.export.decoder import Decoder, rope_tables
+from gatework.export.decoder import Decoder
+from gatework.export.positions import rope_tables
 from gatework.plugins.errors import GateworkError
 
 _CHUNK = 512  # prompt tokens run at once

@@ -7,7 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from gatework.export.config import ModelConfig
-from gatework.export.families import dbrx, llama, mistral, mixtral, mpt, olmoe, phi, qwen, qwen2, qwen3, qwen3_moe
+from gatework.export.families import (
+    dbrx,
+    llama,
+    mistral,
+    mixtral,
+    mpt,
+    olmoe,
+    phi,
+    qwen,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from gatework.export.weights import WeightMap
 from gatework.plugins.errors import GateworkError
 
@@ -38,6 +51,7 @@ FAMILIES: dict[str, Family] = {
         "phi": phi,
         "qwen": qwen,
         "qwen2": qwen2,
+        "qwen2_moe": qwen2_moe,
         "mpt": mpt,
     }.items()
 }

@@ -194,4 +194,8 @@ def _weight_map(config: ModelConfig, moe: str, expert_parts: tuple[str, str, str
         else:
             names[f"{ours}.moe.router.weight"] = f"{theirs}.{moe}.gate.weight"
             weights |= layouts.experts(config, ours, f"{theirs}.{moe}.experts", expert_parts)
+            if config.moe.shared_width is not None:
+                names[f"{ours}.moe.shared.router.weight"] = f"{theirs}.{moe}.shared_expert_gate.weight"
+                parts = (f"{theirs}.{moe}.shared_expert.{part}.weight" for part in expert_parts)
+                weights |= layouts.gated(f"{ours}.moe.shared", config.hidden_size, config.moe.shared_width, *parts)
     return weights | {ours: layouts.whole(shapes[ours], theirs) for ours, theirs in names.items()}

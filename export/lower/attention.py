@@ -14,9 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from gatework.export.config import ModelConfig
-from gatework.export.decoder import alibi_slopes
 from gatework.export.lower.graph import MS, Builder, linear_weight, producer, replace
 from gatework.export.packing import Pack, TensorSpec, add_packed, is_weight, pack_of, static_shape
+from gatework.export.positions import alibi_slopes
 
 _POSITION_IDS, _ATTENTION_BIAS, _QUERY_SEQLENS = 9, 10, 16  # input indices of GroupQueryAttention
 

@@ -53,10 +53,9 @@ class _Step:
             if name in names:
                 self.binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
 
-    def fill(self, tokens: np.ndarray, starts: np.ndarray, prompts: np.ndarray) -> None:
-        """tokens [B, S] at positions from starts [B] on, of sequences whose prompts have the lengths [B]."""
+    def fill(self, tokens: np.ndarray, starts: np.ndarray) -> None:
+        """tokens [B, S] at positions from starts [B] on."""
         self.ids[:] = tokens
-        self.prompts[:] = prompts
         self.write_indices[:] = starts
         self.positions[:] = starts[:, None] + np.arange(tokens.shape[1])
 
@@ -115,7 +114,8 @@ class OrtBackend:
         self._check_room(start + len(tokens))
         self._prompts[slot] = start + len(tokens) if prompt is None else prompt
         step = self._bind(slot, 1, len(tokens))
-        logits = self._run(step, slot, np.array([tokens], np.int64), np.array([start], np.int64))[0]
+        step.prompts[:] = self._prompts[slot]
+        logits = self._run(step, np.array([tokens], np.int64), np.array([start], np.int64))[0]
         return logits if self._all_logits else logits[0]
 
     def decode(self, tokens: list[int], positions: list[int]) -> np.ndarray:
@@ -136,13 +136,14 @@ class OrtBackend:
         key = slot, len(ids)
         if key not in self._decode_steps:
             self._decode_steps[key] = self._bind(slot, len(ids), 1)
-        prompts = self._prompts[slot : slot + len(ids)]
+        step, prompts = self._decode_steps[key], self._prompts[slot : slot + len(ids)]
         prompts[starts == 0] = 1  # a sequence that begins with decoding
-        return self._run(self._decode_steps[key], slot, ids, starts)[:, -1]
+        step.prompts[:] = prompts
+        return self._run(step, ids, starts)[:, -1]
 
-    def _run(self, step: _Step, slot: int, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Fill for the slots from `slot` on, run, and return the step's logits, which its next run overwrites."""
-        step.fill(ids, starts, self._prompts[slot : slot + len(ids)])
+    def _run(self, step: _Step, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Fill, run, and return the step's logits, which its next run overwrites."""
+        step.fill(ids, starts)
         if self._on_gpu:
             step.bind_inputs(self._input_names)
             step.binding.synchronize_inputs()

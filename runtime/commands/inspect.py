@@ -134,6 +134,8 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
     if config.moe is not None:
         rule = "renormalised" if config.moe.renormalize else "not renormalised"
         rows.append(("experts", f"{config.moe.num_experts}, top {config.moe.top_k}, weights {rule}"))
+        if config.moe.shared_width is not None:
+            rows.append(("shared expert", f"{config.moe.shared_width} wide, weighed by a sigmoid"))
     rows += [
         ("vocabulary", f"{config.vocab_size:,}{', tied embeddings' if config.tie_embeddings else ''}"),
         ("context", f"{config.max_position_embeddings:,} tokens"),

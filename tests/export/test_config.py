@@ -71,6 +71,11 @@ def test_impossible_routing_is_refused_by_name(experts: int, top_k: int, named: 
         MoEConfig(num_experts=experts, top_k=top_k)
 
 
+def test_impossible_shared_expert_is_refused_by_name() -> None:
+    with pytest.raises(GateworkError, match="shared_width"):
+        MoEConfig(num_experts=4, top_k=2, shared_width=0)
+
+
 def test_config_is_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         DENSE.vocab_size = 1  # type: ignore[misc]

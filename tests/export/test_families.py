@@ -13,7 +13,7 @@ import pytest
 import transformers
 
 from gatework.export.checkpoint import read_config
-from gatework.export.config import ModelConfig
+from gatework.export.config import ModelConfig, MoEConfig
 from gatework.export.families import FAMILIES, family_of, params_json
 from gatework.export.options import fit_length
 from gatework.plugins.errors import GateworkError
@@ -119,6 +119,28 @@ QWEN2 = without(QWEN3, "attention_bias", "head_dim", "rope_scaling") | {
     "sliding_window": 131072,
     "vocab_size": 152064,
 }
+QWEN2_MOE = QWEN2 | {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 8192,
+    "max_window_layers": 21,
+    "moe_intermediate_size": 1408,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "output_router_logits": False,
+    "shared_expert_intermediate_size": 5632,
+    "vocab_size": 151936,
+}
+QWEN2_57B = QWEN2_MOE | {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_experts": 64}
+QWEN2_57B |= {"moe_intermediate_size": 2560, "shared_expert_intermediate_size": 20480, "num_experts_per_tok": 8}
+QWEN2_57B |= {"num_key_value_heads": 4}
 QWEN = {
     "architectures": ["QWenLMHeadModel"],
     "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"},
@@ -239,6 +261,8 @@ PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "qwen3-235b-a22b": (QWEN3_235B, 235_093_634_560, 22_190_763_520, 192_512),
     "olmoe-1b-7b": (OLMOE, 6_919_161_856, 1_282_017_280, 131_072),
     "qwen2.5-7b": (QWEN2, 7_615_616_512, 7_615_616_512, 57_344),
+    "qwen1.5-moe-a2.7b": (QWEN2_MOE, 14_315_784_192, 2_689_173_504, 196_608),
+    "qwen2-57b-a14b": (QWEN2_57B, 57_408_658_944, 14_249_270_784, 57_344),
     "qwen-14b": (QWEN, 14_167_290_880, 14_167_290_880, 819_200),
     "mpt-7b": (MPT, 6_649_286_656, 6_649_286_656, 524_288),
     "phi-1.5": (PHI, 1_418_270_720, 1_418_270_720, 196_608),
@@ -305,6 +329,7 @@ SILENT: dict[str, Raw] = {
     "qwen3_moe": without(QWEN3_MOE, "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
     "qwen3_moe heads": without(QWEN3_MOE, "head_dim", "sliding_window", "use_sliding_window"),
     "qwen2": without(QWEN2, "rms_norm_eps", "rope_theta", "max_position_embeddings"),
+    "qwen2_moe": without(QWEN2_MOE, "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
     "phi": without(PHI, "layer_norm_eps", "rope_theta", "max_position_embeddings", "partial_rotary_factor"),
     "olmoe": without(OLMOE, "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
 }
@@ -320,7 +345,7 @@ def test_silent_fields_mean_what_transformers_takes_them_for(name: str) -> None:
     assert config.norm_eps == (theirs.layer_norm_eps if config.norm == "layer" else theirs.rms_norm_eps)
     assert config.rotary_dim == config.head_dim * theirs.rope_parameters.get("partial_rotary_factor", 1)
     assert config.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert config.sliding_window == getattr(theirs, "sliding_window", None)
+    assert config.sliding_window == (getattr(theirs, "sliding_window", None) or None)
     assert config.max_position_embeddings == theirs.max_position_embeddings
     assert config.tie_embeddings == theirs.tie_word_embeddings
 
@@ -337,7 +362,7 @@ def test_reads_what_transformers_writes(model: str, tmp_path: Path) -> None:
     config = read_config(tmp_path)
     assert config.family == model_type
     for name, value in sizes.items():
-        owner = config.moe if name in ("num_experts", "top_k", "renormalize") else config
+        owner = config.moe if name in ("num_experts", "top_k", "renormalize", "shared_width") else config
         assert getattr(owner, name) == value, name
 
 
@@ -404,6 +429,13 @@ def test_qwen() -> None:
     names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
     older = without(QWEN, *names, "intermediate_size") | {old: QWEN[new] for new, old in names.items()}
     assert read(older | {"ffn_hidden_size": 27392}) == config
+
+
+def test_qwen2_moe() -> None:
+    config = read(without(QWEN2_MOE, "norm_topk_prob"))
+    assert config.moe == MoEConfig(num_experts=60, top_k=4, renormalize=False, shared_width=5632)
+    assert (config.bias, config.intermediate_size) == ("qkv", 1408)
+    assert read(QWEN2_MOE | {"qkv_bias": False}) == replace(config, bias=None)
 
 
 def test_mpt_goes_past_its_own_context() -> None:
@@ -495,6 +527,10 @@ UNSUPPORTED: dict[str, tuple[Raw, str]] = {
     "qwen length": (QWEN | {"seq_length": 1}, "ntk_length"),
     "qwen2 window": (QWEN2 | {"use_sliding_window": True}, "use_sliding_window"),
     "qwen2 yarn": (QWEN2 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.type"),
+    "qwen2_moe dense layers": (QWEN2_MOE | {"mlp_only_layers": [0]}, "mlp_only_layers"),
+    "qwen2_moe every other": (QWEN2_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+    "qwen2_moe shared": (without(QWEN2_MOE, "shared_expert_intermediate_size"), "shared_expert_intermediate_size"),
+    "qwen2_moe width": (QWEN2_MOE | {"shared_expert_intermediate_size": 0}, "shared_width"),
     "mpt multiquery": (with_attention(attn_type="multiquery_attention"), "attn_config.attn_type"),
     "mpt positions": (with_attention(alibi=False), "attn_config.alibi"),
     "mpt prefix": (with_attention(prefix_lm=True), "attn_config.prefix_lm"),
