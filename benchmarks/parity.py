@@ -29,7 +29,9 @@ from gatework.runtime.verify.html import to_html
 from tests.checkpoints import MODELS, make_checkpoint
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-mixtral"
-REFUSED = {("mpt", "cuda"), ("mpt-clip", "cuda")}
+QWEN = TINY.parents[1] / "tests" / "golden" / "qwen"  # transformers has no such class to draw random ones from
+FOLDERS = {folder.name: folder for folder in (TINY, QWEN)}
+REFUSED = {("mpt", "cuda"), ("mpt-clip", "cuda"), ("qwen", "cuda")}
 PRECISIONS = {"cpu": ("fp32", "int8", "int4"), "onnx": ("fp32",), "cuda": ("fp32", "bf16", "fp16", "int8", "int4")}
 
 
@@ -59,7 +61,7 @@ def main() -> int:
     here = ["cpu", "onnx"] + ["cuda"] * ("CUDAExecutionProvider" in onnxruntime.get_available_providers())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="random checkpoints of each family (default: 1)")
-    parser.add_argument("--models", nargs="+", default=["tiny-mixtral", *MODELS], choices=["tiny-mixtral", *MODELS])
+    parser.add_argument("--models", nargs="+", default=[*FOLDERS, *MODELS], choices=[*FOLDERS, *MODELS])
     parser.add_argument(
         "--targets", nargs="+", default=here, choices=list(PRECISIONS), help=f"default: {' '.join(here)}"
     )
@@ -89,8 +91,8 @@ def main() -> int:
 
 
 def _checkpoints(model: str, seeds: int) -> Iterator[Path]:
-    if model == TINY.name:
-        yield TINY
+    if model in FOLDERS:
+        yield FOLDERS[model]
         return
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:

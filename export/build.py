@@ -117,7 +117,7 @@ def _write_graph(
 ) -> tuple[list[str], dict[str, Any]]:
     """The lowered graph for ONNX Runtime, which compiles nothing, and its weights; returns file names and facts."""
     assert options.max_seq is not None
-    config, precision = checkpoint.config, options.precision
+    config, precision = checkpoint.config.within(options.max_seq), options.precision
     if options.target == "cuda":
         model = trace(config, options.max_seq, dtype=CUDA_DTYPES[precision])  # type: ignore[index]
         model = lower_to_cuda(model, config, precision, options.group)  # type: ignore[arg-type]

@@ -21,10 +21,11 @@ from tqdm import tqdm
 from gatework.export.calibration import Calibration, Range, check_range
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import ModelConfig
-from gatework.export.decoder import Layer, Step, norm, rope_tables, scaled
+from gatework.export.decoder import Layer, Step, norm, scaled
+from gatework.export.positions import rope_tables
 from gatework.export.recorder import Recorder, Tracker
 from gatework.export.reference import load_weights
-from gatework.export.smoothing import column_absmax, smoothing_factors
+from gatework.export.smoothing import balanced_products, column_absmax, smoothing_factors
 from gatework.plugins.errors import GateworkError
 
 WINDOW = 512
@@ -35,6 +36,7 @@ _TOOLS = ("gatework", "torch")
 _Groups: TypeAlias = tuple[tuple[str, ...], ...]
 _ATTENTION: _Groups = (("attn.q.weight", "attn.k.weight", "attn.v.weight"), ("attn.o.weight",))
 _MLP: _Groups = (("mlp.w_in",), ("mlp.w_out",))
+_SHARED: _Groups = (("moe.shared.w_in",), ("moe.shared.w_out",))
 _PARALLEL: _Groups = ((*_ATTENTION[0], *_MLP[0]), _ATTENTION[1], _MLP[1])
 
 
@@ -115,10 +117,17 @@ def _windows(checkpoint: Checkpoint, token_ids: Sequence[int], size: int) -> lis
     config = checkpoint.config
     parts = torch.tensor(token_ids).split(size)
     positions = {len(part): torch.arange(len(part))[None] for part in parts}  # [1, S]; the last part may be shorter
-    steps = {S: Step(config, at, at[:, 0], *rope_tables(config, S)) for S, at in positions.items()}
+    steps = {S: _step(config, at) for S, at in positions.items()}
     table = checkpoint.read("embed.weight")  # [V, D]
     multiplier = config.embed_multiplier
     return [_Window(scaled(table[part][None].float(), multiplier), steps[len(part)]) for part in parts]
+
+
+def _step(config: ModelConfig, positions: Tensor) -> Step:
+    """Of one sequence, positions [1, S]."""
+    S = positions.shape[1]
+    tables, lengths = rope_tables(config, S), torch.tensor([[S]])
+    return Step(config, positions, positions[:, 0], S, *tables, prompt_lengths=lengths)
 
 
 @dataclass(slots=True)
@@ -170,7 +179,8 @@ class _Run:
             self.part(layer, prefix, "attn_norm", _PARALLEL, both)
             return
         self.part(layer, prefix, "attn_norm", _ATTENTION, attend)
-        self.part(layer, prefix, "ffn_norm", _MLP if config.moe is None else (), feed_forward)
+        routed = () if config.moe is None or config.moe.shared_width is None else _SHARED
+        self.part(layer, prefix, "ffn_norm", _MLP if config.moe is None else routed, feed_forward)
 
     def part(self, layer: Layer, prefix: str, first: str, groups: _Groups, run: Callable[[_Window], None]) -> None:
         """Take every window through a part of a layer, which begins with the norm `first`, and record."""
@@ -201,8 +211,8 @@ class _Run:
         self.record(["lm_head.weight"], tracker)
 
     def balance(self, name: str, module: nn.Module, weights: Iterable[Tensor]) -> Tensor | None:
-        """The factors [D] of a norm that all windows stand before, and that feeds `weights`; None without balancing."""
-        if self.alpha is None:
+        """The factors [D] of a norm that all windows stand before, and that feeds `weights`; None if it is not balanced."""
+        if self.alpha is None or name not in balanced_products(self.config):
             return None
         x_absmax = torch.stack([column_absmax(module(window.hidden)) for window in self.windows]).amax(0)
         w_absmax = torch.stack([column_absmax(weight) for weight in weights]).amax(0)

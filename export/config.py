@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from gatework.plugins.errors import GateworkError
@@ -24,11 +24,13 @@ class MoEConfig:
     """Routing of a mixture-of-experts feed-forward layer.
 
     renormalize: the K chosen scores are divided by their sum (Mixtral, DBRX).
+    shared_width: of an expert besides, which every token goes through, weighed by the sigmoid of a score of its own.
     """
 
     num_experts: int
     top_k: int
     renormalize: bool = True
+    shared_width: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
@@ -37,6 +39,8 @@ class MoEConfig:
             raise GateworkError(
                 "top_k is out of range", got=self.top_k, expected=f"1 to num_experts={self.num_experts}"
             )
+        if self.shared_width is not None and not 1 <= self.shared_width <= MAX_SIZE:
+            raise GateworkError("shared_width is out of range", got=self.shared_width, expected=f"1 to {MAX_SIZE}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +66,8 @@ class ModelConfig:
     sliding_window: int | None = None  # W keys are visible, the query's own position included
     qk_norm: QKNorm | None = None  # RMS norm of q and k before RoPE: of each head by itself, or of all heads as one
     rope_dim: int | None = None  # the first so many values of a head rotate; none: all of them
+    ntk_length: int | None = None  # prompts longer than this rotate by a larger base (dynamic NTK)
+    logn_length: int | None = None  # queries beyond it are multiplied by the logarithm of their position, to this base
     alibi_bias_max: float | None = None  # ALiBi in the place of rotation: the last head's slope is 2^-max
     qkv_clip: float | None = None  # clamp q, k and v to [-c, c], after qk_norm "width" and before "head"
     bias: Bias | None = None  # of the products that make q, k and v; or of all products and norms, the head's included
@@ -136,8 +142,15 @@ class ModelConfig:
         if self.alibi_bias_max is not None:
             if not (math.isfinite(self.alibi_bias_max) and self.alibi_bias_max > 0):
                 raise GateworkError("alibi_bias_max is not a positive number", got=self.alibi_bias_max)
-            if self.rope_dim is not None:
-                raise GateworkError("rope_dim and alibi_bias_max exclude each other", got=self.rope_dim)
+            for name in ("rope_dim", "ntk_length"):
+                if getattr(self, name) is not None:
+                    raise GateworkError(f"{name} and alibi_bias_max exclude each other", got=getattr(self, name))
+        for name in ("ntk_length", "logn_length"):
+            length = getattr(self, name)
+            if length is not None and not (type(length) is int and 2 <= length <= MAX_SIZE):
+                raise GateworkError(f"{name} is out of range", got=repr(length), expected=f"2 to {MAX_SIZE}, or none")
+        if self.ntk_length is not None and self.rotary_dim < 4:
+            raise GateworkError("dynamic NTK needs more than one pair that rotates", got=self.rotary_dim)
 
     def _check_layers(self) -> None:
         """What a layer is made of."""
@@ -165,6 +178,21 @@ class ModelConfig:
         """Positions that the model can be run on: with ALiBi more than it was made for."""
         return self.max_position_embeddings if self.alibi_bias_max is None else MAX_SIZE
 
+    def ntk_alphas(self, length: int) -> list[int]:
+        """Dynamic NTK's factors for prompts of up to `length` positions: 1, and 3, 7, 15, ... from each doubling on."""
+        found = [1]
+        while self.ntk_length is not None and length > self.ntk_length << (len(found) - 1):
+            found.append(2 * found[-1] + 1)
+        return found
+
+    def within(self, max_seq: int) -> ModelConfig:
+        """The same model where no sequence has more positions: what begins to matter beyond is left out."""
+        ntk, logn = (
+            length if length is not None and length < max_seq else None
+            for length in (self.ntk_length, self.logn_length)
+        )
+        return replace(self, ntk_length=ntk, logn_length=logn)
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name and shape of every weight, in graph order. Matrices are (out, in); experts are (E, out, in)."""
         D, I, Dh = self.hidden_size, self.intermediate_size, self.head_dim
@@ -189,6 +217,9 @@ class ModelConfig:
             else:
                 E = self.moe.num_experts
                 layer |= {"moe.router.weight": (E, D), "moe.w_in": (E, rows, D), "moe.w_out": (E, D, I)}
+                if (width := self.moe.shared_width) is not None:
+                    layer |= {"moe.shared.router.weight": (1, D)}
+                    layer |= {"moe.shared.w_in": (GLU_MATRICES[self.glu] * width, D), "moe.shared.w_out": (D, width)}
             if self.post_norms:
                 layer |= self._norm_shapes("ffn_post_norm")
             shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}

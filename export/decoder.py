@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from gatework.export import attention_op, cache_op
 from gatework.export.config import ModelConfig
+from gatework.export.positions import attention_mask, query_scale, rope_positions, rope_tables
 from gatework.plugins.moe import torch_op
 from gatework.plugins.moe.spec import GLU_MATRICES, MoEAttributes
 
@@ -21,45 +22,6 @@ def moe_attributes(config: ModelConfig) -> MoEAttributes:
     assert config.moe is not None
     top_k, renormalize = config.moe.top_k, config.moe.renormalize
     return MoEAttributes(top_k=top_k, renormalize=renormalize, activation=config.activation, glu=config.glu)
-
-
-def rope_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2j/R), each [length, R/2] float32 (RoFormer, arXiv:2104.09864, section 3.2.2).
-
-    R: the values of a head that rotate, Dh in most models.
-    """
-    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.int64).float() / config.rotary_dim
-    angles = torch.outer(torch.arange(length).float(), 1.0 / (config.rope_theta**exponents))
-    return angles.cos(), angles.sin()
-
-
-def alibi_slopes(config: ModelConfig, device: torch.device | None = None) -> Tensor:
-    """What ALiBi subtracts from a score per position between query and key, by head: [H] float32 (arXiv:2108.12409).
-
-    For a number of heads that is no power of two, those of the next one: every second from the second, then from the first.
-    """
-    assert config.alibi_bias_max is not None
-    count = 1 << (config.num_heads - 1).bit_length()
-    slopes = torch.pow(2.0, torch.arange(1, count + 1, device=device).float() * (-config.alibi_bias_max / count))
-    return slopes if count == config.num_heads else torch.cat([slopes[1::2], slopes[::2]])[: config.num_heads]
-
-
-def attention_mask(
-    config: ModelConfig, position_ids: Tensor, max_seq: int, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """True where a query may look: [B, 1, S, S_max], keys at or before it and, with a window, at most W - 1 before it.
-
-    With ALiBi what is added to the scores instead, [B, H, S, S_max] `dtype`.
-    """
-    keys = torch.arange(max_seq, device=position_ids.device)[None, None, None, :]
-    queries = position_ids[:, None, :, None]
-    mask = keys <= queries
-    if config.sliding_window is not None:
-        mask = mask & (keys > queries - config.sliding_window)
-    if config.alibi_bias_max is None:
-        return mask
-    bias = alibi_slopes(config, position_ids.device)[:, None, None] * (keys - queries).float()
-    return torch.where(mask, bias.to(dtype), torch.finfo(dtype).min)
 
 
 def weight(*shape: int) -> nn.Parameter:
@@ -127,7 +89,10 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, S, Dh], and keys and values [B, Hkv, S, Dh] as the cache holds them."""
-        q, k, v = self.heads(self.q(x), "q_norm"), self.heads(self.k(x), "k_norm"), self.heads(self.v(x))
+        q = self.q(x)
+        if step.query_scale is not None:
+            q = q * step.query_scale.to(q.dtype)
+        q, k, v = self.heads(q, "q_norm"), self.heads(self.k(x), "k_norm"), self.heads(self.v(x))
         return self.rotated(q, step), self.rotated(k, step), v
 
     def rotated(self, heads: Tensor, step: Step) -> Tensor:
@@ -135,7 +100,7 @@ class Attention(nn.Module):
         if not self.config.rotary_dim:
             return heads
         part = 0 if self.config.rope_dim is None else self.config.rope_dim  # 0: all of a head
-        angles = (step.cos, step.sin, step.position_ids)
+        angles = (step.cos, step.sin, step.rope_positions)
         return torch.onnx.ops.rotary_embedding(heads, *angles, rotary_embedding_dim=part)
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -151,9 +116,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Dense feed-forward layer: down(act(gate x) * up x), or down(act(up x)) without a gate."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
-        D, I, bias = config.hidden_size, config.intermediate_size, config.bias == "all"
+        D, I, bias = config.hidden_size, width, config.bias == "all"
         self.act, self.gated = torch_op.ACTIVATIONS[config.activation], config.glu == "two_way"
         rows = GLU_MATRICES[config.glu] * I
         self.w_in, self.w_out = weight(rows, D), weight(D, I)
@@ -170,8 +135,23 @@ class MLP(nn.Module):
         return F.linear(h, self.w_out, self.b_out)
 
 
+class SharedExpert(MLP):
+    """An expert that every token goes through, weighed by the sigmoid of its router's score, which is in float32."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__(config, width)
+        self.router = Linear(1, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.share(x) * super().forward(x)
+
+    def share(self, x: Tensor) -> Tensor:
+        """[B, S, 1]."""
+        return F.linear(x.float(), self.router.weight.float()).sigmoid().to(x.dtype)
+
+
 class MoE(nn.Module):
-    """Routed feed-forward layer: the router in float32, then `gatework::MoE`."""
+    """Routed feed-forward layer: the router in float32, then `gatework::MoE`, and the shared expert if there is one."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -180,17 +160,21 @@ class MoE(nn.Module):
         E, D, I = config.moe.num_experts, config.hidden_size, config.intermediate_size
         self.router = Linear(E, D)
         self.w_in, self.w_out = weight(E, self.attributes.w_in_rows(I), D), weight(E, D, I)
+        width = config.moe.shared_width
+        self.shared = None if width is None else SharedExpert(config, width)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)  # [T, D]
         logits = F.linear(tokens.float(), self.router.weight.float())  # [T, E]
-        return torch_op.moe(tokens, logits, self.w_in, self.w_out, self.attributes).view_as(x)
+        y = torch_op.moe(tokens, logits, self.w_in, self.w_out, self.attributes).view_as(x)
+        return y if self.shared is None else y + self.shared(x)
 
 
 class Step:
     """What every layer of one forward pass shares.
 
-    masked: with the mask, which the projections alone do not need.
+    max_seq: S_max. cos, sin: `rope_tables`. prompt_lengths: see `rope_positions`. masked: with the mask,
+    which the projections alone do not need.
     """
 
     def __init__(
@@ -198,15 +182,18 @@ class Step:
         config: ModelConfig,
         position_ids: Tensor,
         write_indices: Tensor,
+        max_seq: int,
         cos: Tensor,
         sin: Tensor,
         *,
+        prompt_lengths: Tensor | None = None,
         masked: bool = True,
     ) -> None:
-        self.position_ids = position_ids  # [B, S]
         self.write_indices = write_indices  # [B]
-        self.cos, self.sin = cos, sin  # [S_max, R/2]
-        self.mask = attention_mask(config, position_ids, cos.shape[0], cos.dtype) if masked else None
+        self.cos, self.sin = cos, sin
+        self.rope_positions = rope_positions(config, position_ids, prompt_lengths, max_seq)  # [B, S]
+        self.query_scale = query_scale(config, position_ids)
+        self.mask = attention_mask(config, position_ids, max_seq, cos.dtype) if masked else None
 
 
 class Layer(nn.Module):
@@ -222,7 +209,7 @@ class Layer(nn.Module):
         if not config.parallel:
             self.ffn_norm = norm(config)
         self.ffn = "mlp" if config.moe is None else "moe"  # the name under which its weights go
-        self.add_module(self.ffn, MLP(config) if config.moe is None else MoE(config))
+        self.add_module(self.ffn, MLP(config, config.intermediate_size) if config.moe is None else MoE(config))
         self.attn_post_norm = norm(config) if config.post_norms else nn.Identity()
         self.ffn_post_norm = norm(config) if config.post_norms else nn.Identity()
 
@@ -257,12 +244,14 @@ class Decoder(nn.Module):
         position_ids: [B, S] int64 absolute positions.
         write_indices: [B] int64 cache slot of each row's first new key.
         cache: 2L tensors [B, Hkv, S_max, Dh] in the activation dtype, k and v of each layer in turn; not modified.
+        prompt_lengths: [B] int64, where the model has dynamic NTK and S_max is longer than what it was trained on.
 
     Returns the logits, [B, 1, V] float32 of the last position ([B, S, V] with `all_logits`), then the updated cache tensors.
     """
 
     def __init__(self, config: ModelConfig, max_seq: int, *, all_logits: bool = False) -> None:
         super().__init__()
+        config = config.within(max_seq)
         self.config, self.max_seq, self.all_logits = config, max_seq, all_logits
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
@@ -276,11 +265,17 @@ class Decoder(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, write_indices: Tensor, cache: list[Tensor]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        write_indices: Tensor,
+        cache: list[Tensor],
+        prompt_lengths: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         x = scaled(self.embed(input_ids), self.config.embed_multiplier)  # [B, S, D]
         cos, sin = self.rope_cos.to(x.dtype), self.rope_sin.to(x.dtype)
-        step = Step(self.config, position_ids, write_indices, cos, sin)
+        lengths = None if prompt_lengths is None else prompt_lengths[:, None]
+        step = Step(self.config, position_ids, write_indices, self.max_seq, cos, sin, prompt_lengths=lengths)
         present: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             x, k, v = layer(x, step, cache[2 * i], cache[2 * i + 1])

@@ -39,8 +39,10 @@ def write_golden(checkpoint: Checkpoint, folder: Path, max_seq: int, *, all_logi
     positions, cache = torch.arange(ids.shape[1])[None], decoder.empty_cache(1)
     starts = torch.zeros(1, dtype=torch.int64)
     with torch.inference_mode():
-        logits, *present = decoder(ids, positions, starts, cache)
+        logits, *present = decoder(ids, positions, starts, cache, starts + ids.shape[1])
     feeds = {"input_ids": ids, "position_ids": positions, "write_indices": starts}
+    if decoder.config.ntk_length is not None:
+        feeds["prompt_lengths"] = starts + ids.shape[1]
     feeds |= dict(zip(cache_names(config, "past"), cache, strict=True))
     outputs = {"logits": logits} | dict(zip(cache_names(config, "present"), present, strict=True))
     results = RunResults()

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gatework.export.checkpoint import Checkpoint
-from gatework.export.decoder import Layer, MoE, Step, attention_mask, moe_attributes, norm, rope_tables, scaled
+from gatework.export.decoder import MLP, Layer, MoE, SharedExpert, Step, moe_attributes, norm, scaled
+from gatework.export.positions import attention_mask, rope_tables
 from gatework.export.reference import load_weights
 from gatework.export.rounding import Format, Rounding
 from gatework.plugins.moe import torch_op
@@ -66,18 +67,26 @@ class LayerwiseReference:
 
     Args:
         sequences: token ids, each from an empty cache.
+        prompts: how many tokens of each are its prompt.
         tapped: the sequences, by number, whose steps the engine recorded, in the order of its rows; may repeat.
         form: the engine's number formats.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], tapped: Sequence[int], form: Format
+        self,
+        checkpoint: Checkpoint,
+        sequences: Sequence[Sequence[int]],
+        prompts: Sequence[int],
+        tapped: Sequence[int],
+        form: Format,
     ) -> None:
-        self.checkpoint, self.config, self._form = checkpoint, checkpoint.config, form
+        self.checkpoint, self._form, self._prompts = checkpoint, form, prompts
+        self._longest = max(map(len, sequences))
+        self.config = checkpoint.config.within(self._longest)
         self._generator = torch.Generator().manual_seed(0)
         self.layers = 0  # that are through
         self._sequences, self._tapped = sequences, tapped
-        self._tables = rope_tables(self.config, max(map(len, sequences)))
+        self._tables = rope_tables(self.config, self._longest)
         self._own = self._start(range(len(sequences)))
         starts = [span[0] for span in self._own.spans]
         parts = [torch.arange(len(sequences[j])) + starts[j] for j in tapped]
@@ -89,7 +98,11 @@ class LayerwiseReference:
         ends = torch.tensor([0, *map(len, ids)]).cumsum(0).tolist()
         spans = list(itertools.pairwise(ends))
         positions = torch.cat([torch.arange(len(part)) for part in ids])[None]
-        step = Step(self.config, positions, positions[:, 0], *self._tables, masked=False)
+        lengths = torch.cat([torch.full_like(part, self._prompts[j]) for j, part in zip(chosen, ids, strict=True)])[
+            None
+        ]
+        what = (self.config, positions, positions[:, 0], self._longest, *self._tables)
+        step = Step(*what, prompt_lengths=lengths, masked=False)
         table = self.checkpoint.read("embed.weight")
         hidden = scaled(table[torch.cat(ids)][None].float(), self.config.embed_multiplier)
         return _Run(hidden, spans, step)
@@ -204,9 +217,17 @@ class LayerwiseReference:
                 noise, bias = _sizes([y - want for y in off])
                 got = engine.rows(f"{prefix}experts")[1]
                 yield Compared(i, "experts", rows, got, want, noise, bias, branch[self._places[rows]])
+            if moe.shared is not None:
+                load_weights(moe.shared, self.checkpoint, f"{prefix}moe.shared.")
+                own_shared = moe.shared(own_x)
+                branch = branch + own_shared
+                if read is not None:
+                    yield self._compare(engine, i, "shared", _shared(moe.shared, read), own_shared)
         self._own.hidden = middle + layer.ffn_post_norm(branch[None])
         if residual is not None:
             found, added = engine.rows(f"{prefix}{'mlp' if config.moe is None else 'experts'}")
+            if config.moe is not None and config.moe.shared_width is not None:
+                added = added + engine.rows(f"{prefix}shared")[1]
             total = _sum(residual[found], layer.ffn_post_norm(added), normed=config.post_norms)
             yield self._compare(engine, i, "output", total, self._own.hidden[0], rows=found)
 
@@ -302,6 +323,12 @@ def _read(layer: Layer, q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:
 def _flat(heads: Tensor) -> Tensor:
     """[1, Hkv, n, Dh] -> [n, Hkv * Dh]."""
     return heads[0].transpose(0, 1).flatten(1)
+
+
+def _shared(expert: SharedExpert, x: Tensor) -> Callable[[Rounding | None], Tensor]:
+    """What the shared expert adds to rows [n, D]; its router is in floats."""
+    share = expert.share(x)
+    return lambda _: share * MLP.forward(expert, x)
 
 
 def _stored(rows: Tensor) -> Callable[[Rounding | None], Tensor]:

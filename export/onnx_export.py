@@ -15,15 +15,17 @@ from onnxscript import optimizer
 
 from gatework.export import attention_op, cache_op
 from gatework.export.config import Dtype, ModelConfig
-from gatework.export.decoder import Decoder, MoE, rope_tables
+from gatework.export.decoder import Decoder, MoE, SharedExpert
 from gatework.export.lower.experts import attributes_of, moe_nodes
 from gatework.export.packing import identity_pack, set_pack
+from gatework.export.positions import rope_tables
 from gatework.export.repeat import repeat_last_layer
 from gatework.export.taps import name_taps
 from gatework.plugins.moe import onnx_op, torch_op
 
 OPSET = 24
 _TRACED_LAYERS = 2  # the rest are copies of the second
+STEP_INPUTS = ("input_ids", "position_ids", "write_indices")
 ROPE_TABLES = ("rope_cos", "rope_sin")
 
 
@@ -38,27 +40,28 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
     Inputs and outputs are those of DESIGN.md's table. Every weight is an initializer that bears its canonical name, dtype
     `dtype` and shape but holds no data; the rotary tables and scalar constants do hold data.
     """
-    torch_dtype = getattr(torch, dtype)
+    torch_dtype, config = getattr(torch, dtype), config.within(max_seq)
     traced = replace(config, num_layers=min(config.num_layers, _TRACED_LAYERS))
     with torch.device("meta"):
         decoder = Decoder(traced, max_seq, all_logits=all_logits).to(torch_dtype).eval()
         for module in decoder.modules():
-            if isinstance(module, MoE):
+            if isinstance(module, MoE | SharedExpert):
                 module.router.float()
         ids = torch.zeros(2, 5, dtype=torch.int64)
         inputs = (ids, ids.clone(), ids[:, 0].clone(), decoder.empty_cache(2))
+        lengths = (ids[:, 0].clone(),) if config.ntk_length is not None else ()
     batch, seq = torch.export.Dim("batch", max=1024), torch.export.Dim("seq", max=max(max_seq, ids.shape[1]))
     both, rows = {0: batch, 1: seq}, {0: batch}
     with _quiet():
         program = torch.onnx.export(
             decoder,
-            inputs,
+            (*inputs, *lengths),
             dynamo=True,
             opset_version=OPSET,
             optimize=False,  # it would fold weights that are not there; `_fold` folds the rest
             verbose=False,
-            dynamic_shapes=(both, both, rows, [rows] * len(inputs[3])),
-            input_names=["input_ids", "position_ids", "write_indices", *cache_names(traced, "past")],
+            dynamic_shapes=(both, both, rows, [rows] * len(inputs[3]), *(rows for _ in lengths)),
+            input_names=[*STEP_INPUTS, *cache_names(traced, "past"), *("prompt_lengths" for _ in lengths)],
             output_names=["logits", *cache_names(traced, "present")],
             custom_translation_table={
                 **torch_op.onnx_translation(),

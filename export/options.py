@@ -83,7 +83,8 @@ def fit_length(config: ModelConfig, max_seq: int | None) -> int:
     length, limit = config.max_position_embeddings if max_seq is None else max_seq, config.context_limit
     if not 1 <= length <= limit:
         raise GateworkError("max_seq is out of range", got=length, expected=f"1 to {limit}, the model's context")
-    if length * config.rotary_dim * 4 > MAX_TABLE_BYTES:
-        expected = f"at most {MAX_TABLE_BYTES // (config.rotary_dim * 4)}"
+    position_bytes = len(config.ntk_alphas(length)) * config.rotary_dim * 4
+    if length * position_bytes > MAX_TABLE_BYTES:
+        expected = f"at most {MAX_TABLE_BYTES // position_bytes}"
         raise GateworkError("max_seq is too large for tables of angles", got=length, expected=expected)
     return length

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import ModelConfig
-from gatework.export.decoder import Decoder, rope_tables
+from gatework.export.decoder import Decoder
+from gatework.export.positions import rope_tables
 from gatework.plugins.errors import GateworkError
 
 _CHUNK = 512  # prompt tokens run at once
@@ -85,7 +86,7 @@ class Reference:
         logits, cache = self._prefill(prompt_ids)
         tokens = [int(logits[-1].argmax())]
         while len(tokens) < n:
-            step, cache = self._step(tokens[-1:], len(prompt_ids) + len(tokens) - 1, cache)
+            step, cache = self._step(tokens[-1:], len(prompt_ids) + len(tokens) - 1, cache, len(prompt_ids))
             tokens.append(int(step[-1].argmax()))
         return tokens
 
@@ -96,14 +97,16 @@ class Reference:
         self._check_room(len(token_ids))
         cache, parts = self.decoder.empty_cache(1), []
         for start in range(0, len(token_ids), _CHUNK):
-            logits, cache = self._step(token_ids[start : start + _CHUNK], start, cache)
+            logits, cache = self._step(token_ids[start : start + _CHUNK], start, cache, len(token_ids))
             parts.append(logits)
         return torch.cat(parts), cache
 
-    def _step(self, token_ids: Sequence[int], start: int, cache: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _step(
+        self, token_ids: Sequence[int], start: int, cache: list[Tensor], prompt: int
+    ) -> tuple[Tensor, list[Tensor]]:
         ids = torch.tensor([list(token_ids)])  # [1, S]
         positions = torch.arange(start, start + ids.shape[1])[None]
-        logits, *cache = self.decoder(ids, positions, positions[:, 0], cache)
+        logits, *cache = self.decoder(ids, positions, positions[:, 0], cache, torch.tensor([prompt]))
         return logits[0], cache
 
     def _check_room(self, positions: int) -> None:

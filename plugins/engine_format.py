@@ -24,6 +24,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "cl100k_base.tiktoken",
+    "qwen.tiktoken",
 )
 
 # Fields of manifest.json and the types that they must have.
@@ -43,14 +44,15 @@ MANIFEST_FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def layer_taps(layer: int, has_experts: bool) -> list[str]:
+def layer_taps(layer: int, has_experts: bool, has_shared: bool) -> list[str]:
     """Values of a layer that every ONNX graph names, in order of computation.
 
     `layers.{i}.context`: what the heads read from the cache, before the output projection; `attention`: after it;
-    `residual`: the stream with it; `router`: logits, and `experts`, or `mlp`: what the feed-forward part adds; `output`: the
-    stream with that.
+    `residual`: the stream with it; `router`: logits, and `experts`, and `shared`, or `mlp`: what the feed-forward part adds;
+    `output`: the stream with that.
     """
-    names = ("context", "attention", "residual", *(("router", "experts") if has_experts else ("mlp",)), "output")
+    branches = ("router", "experts", *(("shared",) if has_shared else ())) if has_experts else ("mlp",)
+    names = ("context", "attention", "residual", *branches, "output")
     return [f"layers.{layer}.{name}" for name in names]
 
 

@@ -21,7 +21,7 @@ class Backend(Protocol):
     max_batch: int
     max_seq: int
 
-    def prefill(self, slot: int, tokens: list[int], start: int) -> np.ndarray: ...
+    def prefill(self, slot: int, tokens: list[int], start: int, prompt: int | None = None) -> np.ndarray: ...
     def decode(self, tokens: list[int], positions: list[int]) -> np.ndarray: ...
     def move(self, source: int, target: int, length: int) -> None: ...
 
@@ -110,7 +110,7 @@ class Scheduler:
     def _prefill(self, request: Request) -> None:
         slot, tokens = len(self.running), request.prompt_ids
         for start in range(0, len(tokens), self.prefill_chunk):
-            logits = self.backend.prefill(slot, tokens[start : start + self.prefill_chunk], start)
+            logits = self.backend.prefill(slot, tokens[start : start + self.prefill_chunk], start, len(tokens))
         self.running.append(request)
         request.accept(logits, self.backend.max_seq)
 

@@ -114,7 +114,8 @@ class StreamDecoder:
 def load_tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint or engine directory; None where it holds none.
 
-    tokenizer.json goes before tokenizer.model (SentencePiece), and that before cl100k_base.tiktoken (DBRX).
+    tokenizer.json goes before tokenizer.model (SentencePiece), and that before cl100k_base.tiktoken (DBRX) and
+    qwen.tiktoken.
 
     Raises:
         GateworkError: a file is damaged, of a kind that is not supported, or needs a package that is not installed.
@@ -134,6 +135,11 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
         from gatework.runtime.tokenizer_tiktoken import TiktokenTokenizer
 
         return TiktokenTokenizer(ranks, config)
+    ranks = directory / "qwen.tiktoken"
+    if ranks.is_file() or config.tokenizer_class == "QWenTokenizer":
+        from gatework.runtime.tokenizer_tiktoken import QWEN, TiktokenTokenizer
+
+        return TiktokenTokenizer(ranks, config, QWEN)
     return None
 
 

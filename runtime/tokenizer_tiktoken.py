@@ -1,8 +1,10 @@
-"""DBRX's tokenizer: GPT-4's cl100k_base for tiktoken, with ChatML's special tokens."""
+"""Tokenizers of tiktoken: DBRX's, which is GPT-4's cl100k_base with ChatML's special tokens, and that of the first Qwen."""
 
 from __future__ import annotations
 
 import base64
+import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +34,40 @@ SPECIAL_TOKENS = {
 }
 
 
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_NAMES = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What an encoding is besides its ranks.
+
+    pattern: how a text is cut. special_tokens: with their ids. fix: how to get the file of ranks. compose: texts are brought to
+    Unicode's composed form first.
+    """
+
+    name: str
+    pattern: str
+    special_tokens: dict[str, int]
+    fix: str
+    compose: bool = False
+
+
+CL100K = Kind("cl100k_base", PATTERN, SPECIAL_TOKENS, f"download {RANKS_URL}")
+QWEN = Kind(
+    "Qwen",
+    QWEN_PATTERN,
+    {name: number for number, name in enumerate(QWEN_NAMES, start=151643)},
+    "copy the checkpoint's qwen.tiktoken",
+    compose=True,
+)
+
+
 class TiktokenTokenizer(Tokenizer):
-    """cl100k_base with its ranks read from a file in the directory; nothing is ever downloaded.
+    """An encoding with its ranks read from a file in the directory; nothing is ever downloaded.
 
     No BOS goes before a text unless tokenizer_config.json sets `add_bos_token`. Ids that no token has spell nothing.
 
@@ -41,11 +75,11 @@ class TiktokenTokenizer(Tokenizer):
         GateworkError: the rank file is missing or damaged, or the tiktoken package is missing.
     """
 
-    def __init__(self, file: Path, config: TokenizerConfig) -> None:
-        self.config = config
-        ranks = _read_ranks(file)
+    def __init__(self, file: Path, config: TokenizerConfig, kind: Kind = CL100K) -> None:
+        self.config, self._kind = config, kind
+        ranks = _read_ranks(file, kind)
         configured = {token.content: token.id for token in config.added_tokens if token.id is not None}
-        self._tokens = SPECIAL_TOKENS | configured
+        self._tokens = kind.special_tokens | configured
         if max(ranks.values()) >= min(self._tokens.values()):
             raise GateworkError(
                 f"{file} does not fit its special tokens",
@@ -54,7 +88,7 @@ class TiktokenTokenizer(Tokenizer):
             )
         not_special = {token.content for token in config.added_tokens if not token.special}
         self._special = {token_id for content, token_id in self._tokens.items() if content not in not_special}
-        self._encoding = _encoding(file, ranks, self._tokens)
+        self._encoding = _encoding(file, ranks, self._tokens, kind)
         self._spelled = {rank: token for token, rank in ranks.items()}
         self._spelled |= {token_id: content.encode() for content, token_id in self._tokens.items()}
         self.vocab_size = max(self._spelled) + 1
@@ -68,6 +102,8 @@ class TiktokenTokenizer(Tokenizer):
         return token_id in self._special
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if self._kind.compose:
+            text = unicodedata.normalize("NFC", text)
         ids: list[int] = self._encoding.encode(text, allowed_special="all")
         if add_special_tokens and self.config.add_bos_token and self.bos_token_id is not None:
             ids.insert(0, self.bos_token_id)
@@ -76,13 +112,13 @@ class TiktokenTokenizer(Tokenizer):
         return ids
 
 
-def _read_ranks(file: Path) -> dict[bytes, int]:
+def _read_ranks(file: Path, kind: Kind) -> dict[bytes, int]:
     """Token bytes -> rank, from lines of a base64 token and its rank."""
     if not file.is_file():
         raise GateworkError(
             f"this tokenizer needs {file}",
             got="no such file",
-            fix=f"download {RANKS_URL} to there, then build the engine",
+            fix=f"{kind.fix} to there, then build the engine",
         )
     ranks: dict[bytes, int] = {}
     try:
@@ -91,22 +127,22 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
     except ValueError:
-        raise _damaged(file, "not lines of a base64 token and its rank") from None
+        raise _damaged(file, kind, "not lines of a base64 token and its rank") from None
     if len(set(ranks.values())) != len(ranks) or min(ranks.values(), default=0) < 0:
-        raise _damaged(file, "two tokens have the same rank")
+        raise _damaged(file, kind, "two tokens have the same rank")
     if not all(bytes([byte]) in ranks for byte in range(256)):  # tiktoken aborts when it meets such a byte
-        raise _damaged(file, "some bytes have no token")
+        raise _damaged(file, kind, "some bytes have no token")
     return ranks
 
 
-def _encoding(file: Path, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> Encoding:
+def _encoding(file: Path, ranks: dict[bytes, int], special_tokens: dict[str, int], kind: Kind) -> Encoding:
     try:
         from tiktoken import Encoding
     except ImportError:
         fix = "pip install 'gatework[sentencepiece]'"
         raise GateworkError(f"{file} needs the tiktoken package", fix=fix) from None
-    return Encoding("cl100k_base", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special_tokens)
+    return Encoding(kind.name, pat_str=kind.pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
 
 
-def _damaged(file: Path, why: str) -> GateworkError:
-    return GateworkError(f"{file} is damaged: {why}", fix=f"download {RANKS_URL} again")
+def _damaged(file: Path, kind: Kind, why: str) -> GateworkError:
+    return GateworkError(f"{file} is damaged: {why}", fix=f"{kind.fix} again")

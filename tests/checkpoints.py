@@ -46,6 +46,8 @@ TABLE: dict[str, tuple[str, dict[str, Any]]] = {  # model -> (model_type, sizes)
     "qwen3": ("qwen3", BASE | {"head_dim": 32, "norm_eps": 1e-6, "tie_embeddings": True}),
     "qwen3_moe": ("qwen3_moe", BASE | MOE | {"head_dim": 32, "norm_eps": 1e-6, "renormalize": True}),
     "olmoe": ("olmoe", BASE | MOE | {"renormalize": False, "qkv_clip": 2.0}),
+    "qwen2": ("qwen2", BASE | {"norm_eps": 1e-6}),
+    "qwen2_moe": ("qwen2_moe", BASE | MOE | {"norm_eps": 1e-6, "renormalize": False, "shared_width": 160}),
     "phi": ("phi", BASE | {"hidden_size": 128, "num_kv_heads": 4, "rope_dim": 16}),  # of 32
     "mpt": ("mpt", MPT),
     "mpt-clip": ("mpt", MPT | SIX_HEADS | {"qkv_clip": 2.0}),
@@ -70,6 +72,7 @@ HF_NAMES = {
     "num_experts": "num_local_experts",
     "top_k": "num_experts_per_tok",
     "renormalize": "norm_topk_prob",
+    "shared_width": "shared_expert_intermediate_size",
     "qkv_clip": "clip_qkv",
     "tie_embeddings": "tie_word_embeddings",
 }
@@ -89,7 +92,7 @@ def hf_config(model: str, **overrides: Any) -> transformers.PreTrainedConfig:
         return dbrx_config(sizes)
     if model_type == "mpt":
         return mpt_config(sizes)
-    if model_type == "qwen3_moe":
+    if model_type in ("qwen2_moe", "qwen3_moe"):
         sizes["moe_intermediate_size"] = sizes["intermediate_size"]
         sizes["intermediate_size"] *= 2  # of dense layers: none is there
     if model_type == "olmoe" and "head_dim" in sizes:
@@ -100,7 +103,8 @@ def hf_config(model: str, **overrides: Any) -> transformers.PreTrainedConfig:
         width = sizes.get("head_dim", sizes["hidden_size"] // sizes["num_heads"])
         sizes["partial_rotary_factor"] = sizes.pop("rope_dim") / width
     theta = sizes.pop("rope_theta")
-    fields = tokens | {HF_NAMES.get(name, name): value for name, value in sizes.items()}
+    names = HF_NAMES | ({"num_experts": "num_experts"} if model_type == "qwen2_moe" else {})
+    fields = tokens | {names.get(name, name): value for name, value in sizes.items()}
     rope = {"rope_type": "default", "rope_theta": theta}
     return transformers.AutoConfig.for_model(model_type, rope_parameters=rope, **fields)
 

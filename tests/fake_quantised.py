@@ -36,6 +36,9 @@ LINEARS = {
     "self_attn.dense": ("attn.o.weight",),
     "mlp.fc1": ("mlp.w_in",),
     "mlp.fc2": ("mlp.w_out",),
+    "shared_expert.gate_proj": ("moe.shared.w_in",),
+    "shared_expert.up_proj": ("moe.shared.w_in",),
+    "shared_expert.down_proj": ("moe.shared.w_out",),
     "ffn.up_proj": ("mlp.w_in",),
     "ffn.down_proj": ("mlp.w_out",),
 }
@@ -147,11 +150,12 @@ class FakeQuantised:
         (x,), factors = args, self._factors(names[0])
         x = x if factors is None else x / factors
         for name in names:
-            there = self.known[name].isfinite()
+            known = self.known[name].view_as(x)
+            there = known.isfinite()
             assert there.any(), name
-            self.errors[name] = ((x - self.known[name])[there].abs().max() / x.abs().max()).item()
+            self.errors[name] = ((x - known)[there].abs().max() / x.abs().max()).item()
         scale = torch.tensor(self.calibration.ranges[names[0]].absmax / LARGEST[self.precision])
-        return round_to(torch.where(there, self.known[names[0]], x), scale, self.precision)
+        return round_to(torch.where(there, known, x), scale, self.precision)
 
     def _factors(self, name: str) -> Tensor | None:
         """What divides the input of a product, and multiplies the columns of its weight."""

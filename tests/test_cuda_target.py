@@ -43,6 +43,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("fp16", "dbrx", {"head_dim": 24}),
     ("fp16", "mistral", {}),
     ("fp16", "phi", {}),
+    ("fp16", "qwen2_moe", {}),
     ("int8", "mixtral", {}),
     ("int4", "phi", {}),
     ("int4", "mixtral", {}),

@@ -38,6 +38,8 @@ CASES = [
         ("qwen3_moe", {}),
         ("olmoe", {}),
         ("phi", {}),
+        ("qwen2_moe", {}),
+        ("qwen2", {}),
         ("mpt-clip", {"tie_embeddings": False}),
     ]
 ]

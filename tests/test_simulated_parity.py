@@ -45,6 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "odd mixtral": ("mixtral", {"hidden_size": 144, "intermediate_size": 151, "vocab_size": 131}),
     "dbrx": ("dbrx", {}),
     "phi": ("phi", {}),
+    "qwen2_moe": ("qwen2_moe", {}),
     "mpt": ("mpt-clip", {}),
 }
 PRECISIONS = ("bf16", "fp8", "int8", "int8 smoothed", "int4")

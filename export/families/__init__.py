@@ -7,7 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from gatework.export.config import ModelConfig
-from gatework.export.families import dbrx, grok1, llama, mistral, mixtral, mpt, olmoe, phi, qwen3, qwen3_moe
+from gatework.export.families import (
+    dbrx,
+    grok1,
+    llama,
+    mistral,
+    mixtral,
+    mpt,
+    olmoe,
+    phi,
+    qwen,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from gatework.export.weights import WeightMap
 from gatework.plugins.errors import GateworkError
 
@@ -36,6 +50,9 @@ FAMILIES: dict[str, Family] = {
         "qwen3_moe": qwen3_moe,
         "olmoe": olmoe,
         "phi": phi,
+        "qwen": qwen,
+        "qwen2": qwen2,
+        "qwen2_moe": qwen2_moe,
         "mpt": mpt,
         "grok-1": grok1,
     }.items()

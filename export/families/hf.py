@@ -183,6 +183,8 @@ def _weight_map(config: ModelConfig, moe: str, expert_parts: tuple[str, str, str
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         names[f"{ours}.attn_norm.weight"] = f"{theirs}.input_layernorm.weight"
         names |= {f"{ours}.attn.{part}.weight": f"{theirs}.self_attn.{part}_proj.weight" for part in "qkvo"}
+        if config.bias is not None:
+            names |= {f"{ours}.attn.{part}.bias": f"{theirs}.self_attn.{part}_proj.bias" for part in "qkv"}
         if config.qk_norm is not None:
             names |= {f"{ours}.attn.{part}_norm.weight": f"{theirs}.self_attn.{part}_norm.weight" for part in "qk"}
         names[f"{ours}.ffn_norm.weight"] = f"{theirs}.post_attention_layernorm.weight"
@@ -192,4 +194,8 @@ def _weight_map(config: ModelConfig, moe: str, expert_parts: tuple[str, str, str
         else:
             names[f"{ours}.moe.router.weight"] = f"{theirs}.{moe}.gate.weight"
             weights |= layouts.experts(config, ours, f"{theirs}.{moe}.experts", expert_parts)
+            if config.moe.shared_width is not None:
+                names[f"{ours}.moe.shared.router.weight"] = f"{theirs}.{moe}.shared_expert_gate.weight"
+                parts = (f"{theirs}.{moe}.shared_expert.{part}.weight" for part in expert_parts)
+                weights |= layouts.gated(f"{ours}.moe.shared", config.hidden_size, config.moe.shared_width, *parts)
     return weights | {ours: layouts.whole(shapes[ours], theirs) for ours, theirs in names.items()}

@@ -13,9 +13,13 @@ def whole(shape: tuple[int, ...], name: str, rope_heads: int = 0) -> Weight:
 
 def mlp(config: ModelConfig, ours: str, gate: str, up: str, down: str) -> WeightMap:
     """Dense feed-forward weights of layer `ours`: gate and up [I, D], down [D, I]."""
-    D, I = config.hidden_size, config.intermediate_size
+    return gated(f"{ours}.mlp", config.hidden_size, config.intermediate_size, gate, up, down)
+
+
+def gated(ours: str, D: int, I: int, gate: str, up: str, down: str) -> WeightMap:
+    """`{ours}.w_in` from gate and up [I, D], and `{ours}.w_out` from down [D, I]."""
     w_in = tuple(Piece(name=name, shape=(I, D)) for name in (gate, up))
-    return {f"{ours}.mlp.w_in": Weight((2 * I, D), w_in), f"{ours}.mlp.w_out": whole((D, I), down)}
+    return {f"{ours}.w_in": Weight((2 * I, D), w_in), f"{ours}.w_out": whole((D, I), down)}
 
 
 def fused_qkv(config: ModelConfig, ours: str, name: str) -> WeightMap:

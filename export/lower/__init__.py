@@ -67,6 +67,9 @@ def lower_to_cuda(model: ir.Model, config: ModelConfig, precision: OrtPrecision,
 def _lower_to_ort(model: ir.Model, config: ModelConfig, bits: int | None, group: int, kernels: Kernels) -> ir.Model:
     if config.alibi_bias_max is not None and not kernels.attention_bias:
         raise GateworkError("this target has no kernel for ALiBi", fix="use --target cpu, or one of TensorRT's")
+    if config.ntk_length is not None and not kernels.own_positions:
+        what, fix = "dynamic NTK has not been tried on this target", f"--max-seq {config.ntk_length}, or --target cpu"
+        raise GateworkError(what, got="a longer max_seq than the model was trained on", fix=fix)
     model, _ = hoist_last_position(model)
     if kernels.fused_attention:
         model, _ = to_group_query_attention(model, config, query_lengths=kernels.query_lengths)

@@ -1,7 +1,7 @@
 """Canonical attention -> GroupQueryAttention: rotary, in-place cache write and attention in one kernel, q|k|v in one product.
 
-Pre: RotaryEmbedding / TensorScatter / Attention as the decoder traces them. Where q and k are normalised, the one product is
-split again, and the operator takes three inputs.
+Pre: RotaryEmbedding / TensorScatter / Attention as the decoder traces them. Where q and k are normalised, or q is scaled, the
+one product is split again, and the operator takes three inputs.
 Post: no Attention, TensorScatter or mask is left, unless a head's width, or its part that rotates, is not a multiple of 16,
 which the kernel demands; such a model keeps the standard operators.
 """
@@ -15,11 +15,11 @@ import numpy as np
 import onnx_ir as ir
 
 from gatework.export.config import ModelConfig
-from gatework.export.decoder import alibi_slopes
 from gatework.export.lower.graph import MS, Builder, linear_weight, producer, replace
 from gatework.export.packing import Pack, TensorSpec, add_packed, is_weight, pack_of, static_shape
+from gatework.export.positions import alibi_slopes
 
-_SEQLENS_K, _ATTENTION_BIAS, _QUERY_SEQLENS = 5, 10, 16  # input indices of GroupQueryAttention
+_SEQLENS_K, _POSITION_IDS, _ATTENTION_BIAS, _QUERY_SEQLENS = 5, 9, 10, 16  # input indices of GroupQueryAttention
 
 
 class Lengths(NamedTuple):
@@ -33,10 +33,12 @@ class Lengths(NamedTuple):
     end: ir.Value
     query: ir.Value | None
 
-    def before(self, tables: Sequence[ir.Value | None], bias: ir.Value | None) -> list[ir.Value | None]:
-        """The operator's inputs behind the past cache; tables: cos and sin."""
+    def before(
+        self, tables: Sequence[ir.Value | None], positions: ir.Value | None, bias: ir.Value | None
+    ) -> list[ir.Value | None]:
+        """The operator's inputs behind the past cache; tables: cos and sin; positions: their rows, if not the slots."""
         inputs: list[ir.Value | None] = [self.seqlens_k, self.total, *tables]
-        for index, value in ((_ATTENTION_BIAS, bias), (_QUERY_SEQLENS, self.query)):
+        for index, value in ((_POSITION_IDS, positions), (_ATTENTION_BIAS, bias), (_QUERY_SEQLENS, self.query)):
             if value is not None:
                 inputs += [None] * (index - _SEQLENS_K - len(inputs)) + [value]
         return inputs
@@ -95,17 +97,19 @@ def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: Lengt
     build = Builder(graph, node)
     heads = [node.inputs[0], k_write.inputs[1], v_write.inputs[1]]
     tables: list[ir.Value | None] = [None, None]
+    positions = None
     if config.rotary_dim:
         q_rope, k_rope = (producer(value, "RotaryEmbedding") for value in heads[:2])
         assert q_rope is not None and k_rope is not None
         heads[:2], tables = [q_rope.inputs[0], k_rope.inputs[0]], list(q_rope.inputs[1:3])
+        positions = q_rope.inputs[3] if config.ntk_length is not None else None  # rows of the tables
     projected: list[ir.Value | None]
-    if config.qk_norm is None:
+    if config.qk_norm is None and config.logn_length is None:
         projected = [_packed_projection(graph, build, heads, config.qkv_clip), None, None]
     else:
         projected = [*_split_projection(graph, build, heads, config)]
     past = (k_write.inputs[0], v_write.inputs[0])
-    inputs = [*projected, *past, *lengths.before(tables, bias)]
+    inputs = [*projected, *past, *lengths.before(tables, positions, bias)]
     y, present_k, present_v = build.op(
         "GroupQueryAttention",
         *inputs,
@@ -197,8 +201,8 @@ def _only_user(node: ir.Node) -> ir.Node:
 
 
 def _projection(value: ir.Value | None) -> ir.Node:
-    """The MatMul behind Transpose, Reshape and, where the model adds a bias, normalises or clips, what does that."""
-    while (node := producer(value, "Transpose", "Reshape", "RMSNormalization", "Clip", "Add")) is not None:
+    """The MatMul behind Transpose, Reshape and, where the model adds a bias, scales, normalises or clips, what does that."""
+    while (node := producer(value, "Transpose", "Reshape", "RMSNormalization", "Clip", "Add", "Mul")) is not None:
         value = node.inputs[0]
     matmul = producer(value, "MatMul")
     assert matmul is not None

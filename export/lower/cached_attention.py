@@ -15,18 +15,18 @@ from gatework.plugins.moe.spec import DOMAIN
 
 _CONTRIB = "GroupQueryAttention"
 _INPUTS = (0, 3, 4, 7, 8, 1, 2)  # of it: q (or q|k|v), past k and v, cos, sin, k, v
-_BIAS, _SINKS = 10, 11
+_POSITION_IDS, _BIAS, _SINKS = 9, 10, 11
 _OUR_INPUTS = 9
 
 
 def to_cached_attention(model: ir.Model) -> tuple[ir.Model, bool]:
-    """Replace every GroupQueryAttention that has no sinks."""
+    """Replace every GroupQueryAttention whose positions are the cache's slots and that has no sinks."""
     graph = model.graph
     (starts,) = (value for value in graph.inputs if value.name == "write_indices")
     modified = False
     for node in [node for node in graph if node.op_type == _CONTRIB]:
         given = [*node.inputs, *[None] * (_SINKS + 1 - len(node.inputs))]
-        if given[_SINKS] is not None:
+        if given[_POSITION_IDS] is not None or given[_SINKS] is not None:
             continue
         q, past_k, past_v, cos, sin, k, v = (given[place] for place in _INPUTS)
         build = Builder(graph, node)
@@ -67,7 +67,7 @@ def to_group_query_attention(model: ir.Model) -> tuple[ir.Model, bool]:
         window = settings.pop("window")
         settings |= {"do_rotary": int(rotary), "local_window_size": window or -1}
         tables = (cos, sin) if rotary else (None, None)
-        inputs = [q, k, v, past_k, past_v, *lengths.before(tables, bias)]
+        inputs = [q, k, v, past_k, past_v, *lengths.before(tables, None, bias)]
         _take_over(node, Builder(model.graph, node).op(_CONTRIB, *inputs, domain=MS, outputs=3, **settings))
     return model, True
 

@@ -36,7 +36,9 @@ def hoist_last_position(model: ir.Model) -> tuple[ir.Model, bool]:
         before.replace_input_with(0, normed)
     if (post_norm := producer(branch, "RMSNormalization")) is not None:
         branch = post_norm.inputs[0]
-    reshape = producer(branch, "Reshape")  # tokens of a MoE [T, D] back to [B, S, D], where S is 1 now
+    total = producer(branch, "Add")  # with a shared expert's part
+    routed = branch if total is None else total.inputs[0]
+    reshape = producer(routed, "Reshape")  # tokens of a MoE [T, D] back to [B, S, D], where S is 1 now
     if reshape is not None:
         (shape,) = Builder(model.graph, reshape).op("Shape", position)
         reshape.replace_input_with(1, shape)

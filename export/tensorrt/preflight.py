@@ -52,6 +52,10 @@ def preflight(config: ModelConfig, options: BuildOptions, compiler: Compiler) ->
     """
     if options.strip_weights:  # TensorRT-RTX as well compiles refittable plans through CUDA only
         require_gpu("compiling a plan whose weights can be put in later")
+    assert options.max_seq is not None
+    if (length := config.within(options.max_seq).ntk_length) is not None:
+        what = "plans have no dynamic NTK, which this model takes beyond the length it was trained on"
+        raise GateworkError(what, got=f"max_seq {options.max_seq}", fix=f"--max-seq {length}, or --target cpu")
     found = _measure(config, options, compiler)
     if not (found.fits or options.plan_only):
         cache = f"KV cache {_megabytes(found.kv_cache)} for {options.max_batch} sequences of {options.max_seq}"

@@ -41,12 +41,14 @@ class _Step:
     ids: np.ndarray  # [B, S] int64
     positions: np.ndarray  # [B, S] int64
     write_indices: np.ndarray  # [B] int64
+    prompts: np.ndarray  # [B] int64, lengths of the rows' prompts
     logits: np.ndarray  # [B, 1 or S, V] float32
     binding: ort.IOBinding
 
     def bind_inputs(self, names: list[str]) -> None:
         """Bind those inputs that the graph has. Where a GPU computes, this is also what copies them there."""
         arrays = {"input_ids": self.ids, "position_ids": self.positions, "write_indices": self.write_indices}
+        arrays["prompt_lengths"] = self.prompts
         for name, array in arrays.items():
             if name in names:
                 self.binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
@@ -98,15 +100,21 @@ class OrtBackend:
         heads, positions, width = past.shape[1:]
         layout = KVLayout(names, max_batch, heads, positions, width, itemsize)
         self._cache: Cache = HostCache(layout) if device is None else DeviceCache(layout, device)
+        self._prompts = np.ones(max_batch, np.int64)  # lengths, by slot
         self._decode_steps: dict[tuple[int, int], _Step] = {}  # (first slot, slots)
         # ONNX Runtime's 4-bit CPU kernels round one row otherwise than several, so rows together would not give the tokens
         # that they give alone.
         self._one_by_one = engine.manifest["precision"] == "int4" and not self._on_gpu and not native
 
-    def prefill(self, slot: int, tokens: list[int], start: int) -> np.ndarray:
-        """Run `tokens` at positions start.. of a slot; returns the logits, [V] (or [S, V] from an all-logits graph)."""
+    def prefill(self, slot: int, tokens: list[int], start: int, prompt: int | None = None) -> np.ndarray:
+        """Run `tokens` at positions start.. of a slot; returns the logits, [V] (or [S, V] from an all-logits graph).
+
+        prompt: length of the whole prompt, if it does not end with these tokens; models with dynamic NTK depend on it.
+        """
         self._check_room(start + len(tokens))
+        self._prompts[slot] = start + len(tokens) if prompt is None else prompt
         step = self._bind(slot, 1, len(tokens))
+        step.prompts[:] = self._prompts[slot]
         logits = self._run(step, np.array([tokens], np.int64), np.array([start], np.int64))[0]
         return logits if self._all_logits else logits[0]
 
@@ -128,7 +136,10 @@ class OrtBackend:
         key = slot, len(ids)
         if key not in self._decode_steps:
             self._decode_steps[key] = self._bind(slot, len(ids), 1)
-        return self._run(self._decode_steps[key], ids, starts)[:, -1]
+        step, prompts = self._decode_steps[key], self._prompts[slot : slot + len(ids)]
+        prompts[starts == 0] = 1  # a sequence that begins with decoding
+        step.prompts[:] = prompts
+        return self._run(step, ids, starts)[:, -1]
 
     def _run(self, step: _Step, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """Fill, run, and return the step's logits, which its next run overwrites."""
@@ -147,6 +158,7 @@ class OrtBackend:
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot's cache to another slot."""
         self._cache.move(source, target, length)
+        self._prompts[target] = self._prompts[source]
 
     @property
     def cache_names(self) -> tuple[str, ...]:
@@ -173,6 +185,7 @@ class OrtBackend:
             ids=np.zeros((batch, length), np.int64),
             positions=np.zeros((batch, length), np.int64),
             write_indices=np.zeros(batch, np.int64),
+            prompts=np.ones(batch, np.int64),
             logits=np.zeros((batch, width, self._vocab_size), np.float32),
             binding=binding,
         )

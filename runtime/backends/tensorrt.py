@@ -144,7 +144,7 @@ class TensorRTBackend:
         self._prefill_context = self._new_context(PREFILL)
         self._decode_steps: dict[int, _DecodeStep] = {}  # by batch size
 
-    def prefill(self, slot: int, tokens: list[int], start: int) -> np.ndarray:
+    def prefill(self, slot: int, tokens: list[int], start: int, prompt: int | None = None) -> np.ndarray:
         """Run `tokens` at positions start.. of a slot; returns the logits [V] of the last one."""
         assert len(tokens) <= self._chunk and start + len(tokens) <= self.max_seq
         self._bind(self._prefill_context, 1, len(tokens), slot)

@@ -134,6 +134,8 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
     if config.moe is not None:
         rule = "renormalised" if config.moe.renormalize else "not renormalised"
         rows.append(("experts", f"{config.moe.num_experts}, top {config.moe.top_k}, weights {rule}"))
+        if config.moe.shared_width is not None:
+            rows.append(("shared expert", f"{config.moe.shared_width} wide, weighed by a sigmoid"))
     rows += [
         ("vocabulary", f"{config.vocab_size:,}{', tied embeddings' if config.tie_embeddings else ''}"),
         ("context", f"{config.max_position_embeddings:,} tokens"),
@@ -157,6 +159,10 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
         rows.append(("added to the stream", "normalised"))
     if config.embed_multiplier != 1 or config.logit_multiplier != 1:
         rows.append(("multipliers", f"embedding {config.embed_multiplier:g}, logits {config.logit_multiplier:g}"))
+    if config.ntk_length is not None:
+        rows.append(("dynamic NTK", f"prompts longer than {config.ntk_length:,} tokens"))
+    if config.logn_length is not None:
+        rows.append(("queries scaled", f"beyond {config.logn_length:,} tokens"))
     if config.qkv_clip is not None:
         rows.append(("q, k, v clipped to", f"±{config.qkv_clip:g}"))
     return rows

@@ -68,7 +68,7 @@ def feed(backend: Backend, cases: Sequence[Case], finished: Callable[[int, int],
 def _prefill(backend: Backend, slot: int, i: int, case: Case) -> Iterator[Fed]:
     for start in range(0, case.prompt, case.chunk):
         tokens = case.ids[start : min(start + case.chunk, case.prompt)]
-        logits = np.atleast_2d(backend.prefill(slot, tokens, start))[-1:]
+        logits = np.atleast_2d(backend.prefill(slot, tokens, start, case.prompt))[-1:]
         if start + len(tokens) == len(case.ids):
             case.follow(logits[0])
         yield Fed("prefill", [i], [start + len(tokens) - 1], logits, len(tokens))

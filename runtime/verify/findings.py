@@ -48,9 +48,15 @@ class Findings:
         from gatework.export.layerwise import Compared, LayerwiseReference
 
         cases = self.recording.cases
-        numbers: dict[tuple[int, ...], int] = {}
-        of_case = [numbers.setdefault(tuple(case.ids), len(numbers)) for case in cases]
-        reference = LayerwiseReference(checkpoint, list(numbers), [of_case[i] for i in self.recording.starts], form)
+        by_prompt = (
+            checkpoint.config.ntk_length is not None
+        )  # or else a token's place in or after the prompt is all one
+        numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+        keys = ((case.prompt * by_prompt, tuple(case.ids)) for case in cases)
+        of_case = [numbers.setdefault(key, len(numbers)) for key in keys]
+        prompts, sequences = zip(*numbers, strict=True)
+        tapped = [of_case[i] for i in self.recording.starts]
+        reference = LayerwiseReference(checkpoint, sequences, prompts, tapped, form)
         if self.model["moe"] is not None:
             self.experts = Experts(self.model["moe"]["top_k"])
         if work is not None and (done := work.reference()) is not None:

@@ -135,8 +135,8 @@ def _checked(engine: Engine, ids: list[int], room: int) -> list[int]:
 
 
 def _random_prompts(engine: Engine, room: int, rng: np.random.Generator) -> list[list[int]]:
-    """One token; some; enough for a second prefill chunk; and enough to leave the sliding window, if that is not far."""
-    edges = [engine.limits.prefill_chunk, engine.model.get("sliding_window")]
+    """One token; some; enough for a second prefill chunk; and enough to leave a window or a trained length that is not far."""
+    edges = [engine.limits.prefill_chunk, *(engine.model.get(name) for name in ("sliding_window", "ntk_length"))]
     lengths = {1, 17, *(edge + 9 for edge in edges if edge is not None and edge + 9 <= _LONGEST_PROMPT)}
     return [_random_ids(engine, length, rng) for length in sorted({min(length, room) for length in lengths})]
 

@@ -87,10 +87,16 @@ def llama_weights(model: Any) -> dict[str, Tensor]:
         if hasattr(mlp, "experts"):
             parts["moe.router"] = mlp.gate
             tensors = {"moe.w_in": mlp.experts.gate_up_proj, "moe.w_out": mlp.experts.down_proj}
+            if hasattr(mlp, "shared_expert"):
+                parts["moe.shared.router"], shared = mlp.shared_expert_gate, mlp.shared_expert
+                tensors["moe.shared.w_in"] = torch.cat([shared.gate_proj.weight, shared.up_proj.weight])
+                tensors["moe.shared.w_out"] = shared.down_proj.weight
         else:
             gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
             tensors = {"mlp.w_in": gate_up, "mlp.w_out": mlp.down_proj.weight}
         tensors |= {f"{name}.weight": module.weight for name, module in parts.items()}
+        biases = {name: getattr(module, "bias", None) for name, module in parts.items()}
+        tensors |= {f"{name}.bias": bias for name, bias in biases.items() if bias is not None}
         expected |= {f"layers.{i}.{name}": tensor for name, tensor in tensors.items()}
     return expected
 

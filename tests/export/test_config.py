@@ -48,6 +48,9 @@ ROUTED = replace(DENSE, moe=MoEConfig(num_experts=5, top_k=3), eos_token_ids=(2,
         ({"alibi_bias_max": 0.0}, "alibi_bias_max"),
         ({"alibi_bias_max": math.inf}, "alibi_bias_max"),
         ({"alibi_bias_max": 8.0, "rope_dim": 8}, "exclude each other"),
+        ({"ntk_length": 1}, "ntk_length"),
+        ({"logn_length": 2048.0}, "logn_length"),
+        ({"alibi_bias_max": 8.0, "ntk_length": 2048}, "exclude each other"),
         ({"bias": "o"}, "bias"),
         ({"activation": "tanh"}, "activation"),
         ({"glu": "three_way"}, "glu"),
@@ -66,6 +69,11 @@ def test_impossible_value_is_refused_by_name(changes: dict[str, Any], named: str
 def test_impossible_routing_is_refused_by_name(experts: int, top_k: int, named: str) -> None:
     with pytest.raises(GateworkError, match=named):
         MoEConfig(num_experts=experts, top_k=top_k)
+
+
+def test_impossible_shared_expert_is_refused_by_name() -> None:
+    with pytest.raises(GateworkError, match="shared_width"):
+        MoEConfig(num_experts=4, top_k=2, shared_width=0)
 
 
 def test_config_is_frozen() -> None:

@@ -13,7 +13,7 @@ import pytest
 import transformers
 
 from gatework.export.checkpoint import read_config
-from gatework.export.config import ModelConfig
+from gatework.export.config import ModelConfig, MoEConfig
 from gatework.export.families import FAMILIES, family_of, grok1, params_json
 from gatework.export.options import fit_length
 from gatework.plugins.errors import GateworkError
@@ -28,6 +28,10 @@ def llama(D: int, layers: int, H: int, I: int, **others: Any) -> Raw:
     fields = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 32000}
     fields |= {"torch_dtype": "float16", "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-5, "use_cache": True}
     return fields | {"tie_word_embeddings": False, "initializer_range": 0.02} | sizes | others
+
+
+def without(raw: Raw, *names: str) -> Raw:
+    return {name: value for name, value in raw.items() if name not in names}
 
 
 GQA = {"num_key_value_heads": 8}
@@ -102,6 +106,67 @@ QWEN3_MOE = QWEN3 | {
 }
 QWEN3_235B = QWEN3_MOE | {"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64}
 QWEN3_235B |= {"moe_intermediate_size": 1536, "intermediate_size": 12288}
+QWEN2 = without(QWEN3, "attention_bias", "head_dim", "rope_scaling") | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "sliding_window": 131072,
+    "vocab_size": 152064,
+}
+QWEN2_MOE = QWEN2 | {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 8192,
+    "max_window_layers": 21,
+    "moe_intermediate_size": 1408,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "output_router_logits": False,
+    "shared_expert_intermediate_size": 5632,
+    "vocab_size": 151936,
+}
+QWEN2_57B = QWEN2_MOE | {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_experts": 64}
+QWEN2_57B |= {"moe_intermediate_size": 2560, "shared_expert_intermediate_size": 20480, "num_experts_per_tok": 8}
+QWEN2_57B |= {"num_key_value_heads": 4}
+QWEN = {
+    "architectures": ["QWenLMHeadModel"],
+    "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"},
+    "attn_dropout_prob": 0.0,
+    "bf16": False,
+    "emb_dropout_prob": 0.0,
+    "hidden_size": 5120,
+    "intermediate_size": 27392,
+    "kv_channels": 128,
+    "layer_norm_epsilon": 1e-06,
+    "max_position_embeddings": 8192,
+    "model_type": "qwen",
+    "no_bias": True,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "onnx_safe": None,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "seq_length": 2048,
+    "tie_word_embeddings": False,
+    "use_dynamic_ntk": True,
+    "use_flash_attn": "auto",
+    "use_logn_attn": True,
+    "vocab_size": 152064,
+}
 OLMOE = llama(2048, 16, 16, 1024, num_key_value_heads=16, torch_dtype="bfloat16", vocab_size=50304) | {
     "architectures": ["OlmoeForCausalLM"],
     "model_type": "olmoe",
@@ -223,6 +288,10 @@ PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "qwen3-30b-a3b": (QWEN3_MOE, 30_532_122_624, 3_353_032_704, 98_304),
     "qwen3-235b-a22b": (QWEN3_235B, 235_093_634_560, 22_190_763_520, 192_512),
     "olmoe-1b-7b": (OLMOE, 6_919_161_856, 1_282_017_280, 131_072),
+    "qwen2.5-7b": (QWEN2, 7_615_616_512, 7_615_616_512, 57_344),
+    "qwen1.5-moe-a2.7b": (QWEN2_MOE, 14_315_784_192, 2_689_173_504, 196_608),
+    "qwen2-57b-a14b": (QWEN2_57B, 57_408_658_944, 14_249_270_784, 57_344),
+    "qwen-14b": (QWEN, 14_167_290_880, 14_167_290_880, 819_200),
     "mpt-7b": (MPT, 6_649_286_656, 6_649_286_656, 524_288),
     "phi-1.5": (PHI, 1_418_270_720, 1_418_270_720, 196_608),
     "phi-2": (PHI_2, 2_779_683_840, 2_779_683_840, 327_680),
@@ -238,10 +307,6 @@ MIXTRAL_PARAMS = (
 
 def read(raw: Raw) -> ModelConfig:
     return family_of(raw).read_config(raw)
-
-
-def without(raw: Raw, *names: str) -> Raw:
-    return {name: value for name, value in raw.items() if name not in names}
 
 
 def with_attention(**options: Any) -> Raw:
@@ -292,6 +357,8 @@ SILENT: dict[str, Raw] = {
     "qwen3 window unused": QWEN3 | {"sliding_window": 4096},
     "qwen3_moe": without(QWEN3_MOE, "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
     "qwen3_moe heads": without(QWEN3_MOE, "head_dim", "sliding_window", "use_sliding_window"),
+    "qwen2": without(QWEN2, "rms_norm_eps", "rope_theta", "max_position_embeddings"),
+    "qwen2_moe": without(QWEN2_MOE, "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
     "phi": without(PHI, "layer_norm_eps", "rope_theta", "max_position_embeddings", "partial_rotary_factor"),
     "olmoe": without(OLMOE, "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
 }
@@ -307,7 +374,7 @@ def test_silent_fields_mean_what_transformers_takes_them_for(name: str) -> None:
     assert config.norm_eps == (theirs.layer_norm_eps if config.norm == "layer" else theirs.rms_norm_eps)
     assert config.rotary_dim == config.head_dim * theirs.rope_parameters.get("partial_rotary_factor", 1)
     assert config.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert config.sliding_window == getattr(theirs, "sliding_window", None)
+    assert config.sliding_window == (getattr(theirs, "sliding_window", None) or None)
     assert config.max_position_embeddings == theirs.max_position_embeddings
     assert config.tie_embeddings == theirs.tie_word_embeddings
 
@@ -324,7 +391,7 @@ def test_reads_what_transformers_writes(model: str, tmp_path: Path) -> None:
     config = read_config(tmp_path)
     assert config.family == model_type
     for name, value in sizes.items():
-        owner = config.moe if name in ("num_experts", "top_k", "renormalize") else config
+        owner = config.moe if name in ("num_experts", "top_k", "renormalize", "shared_width") else config
         assert getattr(owner, name) == value, name
 
 
@@ -379,6 +446,25 @@ def test_mpt() -> None:
     assert read(MPT | {"expansion_ratio": 2.5}).intermediate_size == 10240
     assert read(with_attention(softmax_scale=128**-0.5)) == config
     assert read(without(MPT, "attn_config", "expansion_ratio", "max_seq_len", "no_bias")) == config
+
+
+def test_qwen() -> None:
+    config = read(QWEN)
+    assert (config.intermediate_size, config.head_dim, config.bias, config.norm_eps) == (13696, 128, "qkv", 1e-6)
+    assert (config.ntk_length, config.logn_length, config.max_position_embeddings) == (2048, 2048, 8192)
+    plain = replace(config, ntk_length=None, logn_length=None)
+    assert read(QWEN | {"use_dynamic_ntk": False, "use_logn_attn": False}) == plain == config.within(2048)
+    assert config.within(2049) == config
+    names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+    older = without(QWEN, *names, "intermediate_size") | {old: QWEN[new] for new, old in names.items()}
+    assert read(older | {"ffn_hidden_size": 27392}) == config
+
+
+def test_qwen2_moe() -> None:
+    config = read(without(QWEN2_MOE, "norm_topk_prob"))
+    assert config.moe == MoEConfig(num_experts=60, top_k=4, renormalize=False, shared_width=5632)
+    assert (config.bias, config.intermediate_size) == ("qkv", 1408)
+    assert read(QWEN2_MOE | {"qkv_bias": False}) == replace(config, bias=None)
 
 
 def test_mpt_goes_past_its_own_context() -> None:
@@ -483,6 +569,18 @@ UNSUPPORTED: dict[str, tuple[Raw, str]] = {
     "olmoe window": (OLMOE | {"sliding_window": 4096}, "sliding_window"),
     "olmoe heads": (OLMOE | {"head_dim": 64}, "head_dim"),
     "olmoe clip": (OLMOE | {"clip_qkv": 0}, "qkv_clip"),
+    "qwen bias": (QWEN | {"no_bias": False}, "no_bias"),
+    "qwen rotation": (QWEN | {"rotary_pct": 0.5}, "rotary_pct"),
+    "qwen heads": (QWEN | {"kv_channels": 64}, "kv_channels"),
+    "qwen width": (QWEN | {"intermediate_size": 27393}, "intermediate_size"),
+    "qwen two names": (QWEN | {"n_embd": 4096}, "hidden_size"),
+    "qwen length": (QWEN | {"seq_length": 1}, "ntk_length"),
+    "qwen2 window": (QWEN2 | {"use_sliding_window": True}, "use_sliding_window"),
+    "qwen2 yarn": (QWEN2 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.type"),
+    "qwen2_moe dense layers": (QWEN2_MOE | {"mlp_only_layers": [0]}, "mlp_only_layers"),
+    "qwen2_moe every other": (QWEN2_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+    "qwen2_moe shared": (without(QWEN2_MOE, "shared_expert_intermediate_size"), "shared_expert_intermediate_size"),
+    "qwen2_moe width": (QWEN2_MOE | {"shared_expert_intermediate_size": 0}, "shared_width"),
     "mpt multiquery": (with_attention(attn_type="multiquery_attention"), "attn_config.attn_type"),
     "mpt positions": (with_attention(alibi=False), "attn_config.alibi"),
     "mpt prefix": (with_attention(prefix_lm=True), "attn_config.prefix_lm"),

@@ -14,7 +14,7 @@ from gatework.export.config import ModelConfig
 from gatework.export.onnx_export import trace
 from tests.checkpoints import hf_config
 
-MODELS = ["llama2", "dbrx", "qwen3_moe", "olmoe", "phi", "mpt"]  # one of each shape of graph
+MODELS = ["llama2", "dbrx", "qwen3_moe", "olmoe", "phi", "mpt", "qwen2_moe"]  # one of each shape of graph
 
 
 def config_of(model: str, layers: int, tmp_path: Path) -> ModelConfig:

@@ -83,6 +83,27 @@ def test_tensorrt_understood_every_layer(engine: Path) -> None:
     assert counts.get("PLUGIN_V3", 0) == (layers if model["moe"] else 0)
 
 
+@pytest.mark.parametrize(("model", "precision"), [("phi", "int8"), ("mpt-clip", "bf16"), ("qwen2_moe", "int4")])
+def test_biases_alibi_shared_experts_and_parallel_layers(tmp_path: Path, model: str, precision: str) -> None:
+    """What no other model here has, each in one precision: every layer understood, every product in the precision asked for."""
+    path, ranges = make_checkpoint(tmp_path, model), {}
+    if precision == "int8":
+        ranges["calibration"] = tmp_path / "calibration.json"
+        ids = np.random.default_rng(0).integers(0, 128, 64).tolist()
+        calibrate(path, ids, window=16, smooth=0.5).save(ranges["calibration"])
+    engine = build_engine(path, tmp_path / "engine", target="a100", precision=precision, max_seq=32, **ranges)
+    layers = json.loads((engine / "layers.json").read_text())
+    assert layers["counts"]["ATTENTION_INPUT"] == layers["counts"]["ATTENTION_OUTPUT"] == 2
+    assert layers["counts"]["KV_CACHE_UPDATE"] == 4
+    every = map(tuple, layers["products"].values())
+    *products, head = (pair for pair in every if pair != ("FLOAT", "FLOAT"))  # but for routers
+    assert set(products) == {(STORED["int8" if precision == "int8" else "bf16"], STORED[precision])}
+    assert head == {"int8": ("INT8", "INT8"), "bf16": ("BF16", "BF16"), "int4": ("BF16", "INT8")}[precision]
+    config = Checkpoint.open(path).config
+    group = 128 if precision == "int4" else 0
+    assert sum(gpu_weight_bytes(config, precision, group)) == manifest_of(engine)["weight_bytes"]["total"]
+
+
 def test_the_sizes_foretold_are_those_written(engine: Path) -> None:
     manifest = manifest_of(engine)
     config = ModelConfig.from_dict(manifest["model"])

@@ -226,7 +226,13 @@ FAULTS: dict[str, Fault] = {
     "weights cut to bfloat16": Fault("mixtral", "checkpoint", on_tensors("layers.2.block_sparse_moe.experts.0.w2", lambda w: w.bfloat16().float()), 2, "experts"),
     "head off by one row": Fault("llama2", "checkpoint", on_tensors("lm_head", lambda w: w.roll(1, 0)), None, "logits", "another order"),
     "last norm left out": Fault("llama2", "checkpoint", on_tensors("model.norm", torch.ones_like), None, "logits"),
+    "bias left out": Fault("qwen2_moe", "checkpoint", on_tensors("layers.1.self_attn.v_proj.bias", torch.zeros_like), 1, "value"),
+    "shared expert weighed by the rest": Fault("qwen2_moe", "checkpoint", on_tensors("layers.1.mlp.shared_expert_gate", lambda w: -w), 1, "shared"),
+    "slopes of another maximum": Fault("mpt-clip", "checkpoint", lambda config, _: config["attn_config"].update(alibi_bias_max=7), 0, "context"),
+    "half of what should rotate": Fault("phi", "checkpoint", lambda config, _: config["rope_parameters"].update(partial_rotary_factor=0.25), 0, "key"),
+    "bias of the MLP left out": Fault("phi", "checkpoint", on_tensors("layers.2.mlp.fc2.bias", torch.zeros_like), 2, "mlp"),
     # graph
+    "MLP behind attention": Fault("phi", "graph", reads("layers.1.output", 0, "layers.1.attention"), 1, "output"),
     "attention scale": Fault("llama2", "graph", attribute("layers.1.context", scale=0.26), 1, "context"),
     "a soft cap too many": Fault("llama2", "graph", attribute("layers.0.context", softcap=4.0), 0, "context"),
     "window missing in one layer": Fault("mistral", "graph", attribute("layers.2.context", local_window_size=-1), 2, "context", "all from position 4 on"),

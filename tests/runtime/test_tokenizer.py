@@ -142,7 +142,7 @@ def test_cl100k_agrees_with_tiktoken(folders: dict[str, Path], monkeypatch: pyte
     from tiktoken_ext import openai_public
 
     file = folders["cl100k"] / "cl100k_base.tiktoken"
-    ranks = tokenizer_tiktoken._read_ranks(file)
+    ranks = tokenizer_tiktoken._read_ranks(file, tokenizer_tiktoken.CL100K)
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **kwargs: ranks)
     definition = openai_public.cl100k_base()
     assert definition["pat_str"] == tokenizer_tiktoken.PATTERN
@@ -170,6 +170,18 @@ def test_dbrx_special_tokens(folders: dict[str, Path]) -> None:
     assert ours.decode(ours.encode(text), skip_special_tokens=False) == text
     assert (ours.bos_token_id, ours.eos_token_id, ours.vocab_size) == (100257, 100257, 100280)
     assert ours.decode([100256, 100300]) == ""
+
+
+def test_qwen(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its own cut, texts in composed form, and special tokens at fixed ids, on the ranks of the other one."""
+    (tmp_path / "qwen.tiktoken").write_bytes((folders["cl100k"] / "cl100k_base.tiktoken").read_bytes())
+    tiny.write_config(tmp_path, {"tokenizer_class": "QWenTokenizer"})
+    ours, other = load(tmp_path), load(folders["cl100k"])
+    assert (ours.eos_token_id, ours.vocab_size) == (151643, 151851)
+    assert ours.encode("<|im_start|>hi<|im_end|><|endoftext|>") == [151644, *other.encode("hi"), 151645, 151643]
+    assert ours.encode("cafe\u0301") == ours.encode("caf\u00e9") != other.encode("cafe\u0301")
+    assert ours.encode("123") == [token for digit in "123" for token in other.encode(digit)]
+    assert ours.decode(ours.encode("x   y\t\tz\r\n")) == "x   y\t\tz\r\n"
 
 
 def test_streams_agree_with_whole_texts(tokenizer: Tokenizer) -> None:

@@ -303,7 +303,7 @@ class Recorder:
     max_seq: int = 99
     calls: list[tuple] = field(default_factory=list)
 
-    def prefill(self, slot: int, tokens: list[int], start: int) -> np.ndarray:
+    def prefill(self, slot: int, tokens: list[int], start: int, prompt: int | None = None) -> np.ndarray:
         self.calls.append(("prefill", slot, tokens, start))
         return np.zeros(4)
 

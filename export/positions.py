@@ -1,0 +1,73 @@
+"""How a model knows where tokens stand: rotation, ALiBi, what both do beyond the trained length, and who sees whom."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gatework.export.config import ModelConfig
+
+
+def rope_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta^(-2j/R), each [length, R/2] float32 (RoFormer, arXiv:2104.09864, section 3.2.2).
+
+    R: the values of a head that rotate, Dh in most models. With dynamic NTK a table for each base, one below the other; which
+    one is for a sequence tells `rope_positions`.
+    """
+    R = config.rotary_dim
+    exponents = torch.arange(0, R, 2, dtype=torch.int64).float() / max(R, 1)
+    bases = [
+        config.rope_theta * alpha ** (R / (R - 2)) if alpha > 1 else config.rope_theta
+        for alpha in config.ntk_alphas(length)
+    ]
+    angles = torch.cat([torch.outer(torch.arange(length).float(), 1.0 / (base**exponents)) for base in bases])
+    return angles.cos(), angles.sin()
+
+
+def rope_positions(config: ModelConfig, position_ids: Tensor, prompt_lengths: Tensor | None, max_seq: int) -> Tensor:
+    """Rows of `rope_tables` [B, S]: positions, in the table that the prompt's length asks for; prompt_lengths [B, 1 or S]."""
+    if config.ntk_length is None:
+        return position_ids
+    assert prompt_lengths is not None, "dynamic NTK depends on the prompts' lengths"
+    steps = range(len(config.ntk_alphas(max_seq)) - 1)
+    passed = [(prompt_lengths > config.ntk_length << step).to(torch.int64) for step in steps]
+    return position_ids + sum(passed, torch.zeros_like(prompt_lengths)) * max_seq
+
+
+def query_scale(config: ModelConfig, position_ids: Tensor) -> Tensor | None:
+    """What log-n attention multiplies queries by, from position `logn_length` on, [B, S, 1] float32."""
+    if config.logn_length is None:
+        return None
+    scale = (position_ids + 1).float().log() / math.log(config.logn_length)
+    return scale.clamp(min=1.0)[..., None]
+
+
+def alibi_slopes(config: ModelConfig, device: torch.device | None = None) -> Tensor:
+    """What ALiBi subtracts from a score per position between query and key, by head: [H] float32 (arXiv:2108.12409).
+
+    For a number of heads that is no power of two, those of the next one: every second from the second, then from the first.
+    """
+    assert config.alibi_bias_max is not None
+    count = 1 << (config.num_heads - 1).bit_length()
+    slopes = torch.pow(2.0, torch.arange(1, count + 1, device=device).float() * (-config.alibi_bias_max / count))
+    return slopes if count == config.num_heads else torch.cat([slopes[1::2], slopes[::2]])[: config.num_heads]
+
+
+def attention_mask(
+    config: ModelConfig, position_ids: Tensor, max_seq: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """True where a query may look: [B, 1, S, S_max], keys at or before it and, with a window, at most W - 1 before it.
+
+    With ALiBi what is added to the scores instead, [B, H, S, S_max] `dtype`.
+    """
+    keys = torch.arange(max_seq, device=position_ids.device)[None, None, None, :]
+    queries = position_ids[:, None, :, None]
+    mask = keys <= queries
+    if config.sliding_window is not None:
+        mask = mask & (keys > queries - config.sliding_window)
+    if config.alibi_bias_max is None:
+        return mask
+    bias = alibi_slopes(config, position_ids.device)[:, None, None] * (keys - queries).float()
+    return torch.where(mask, bias.to(dtype), torch.finfo(dtype).min)
