@@ -139,7 +139,7 @@ def test_not_a_number_stays_one(library: Path) -> None:
     [
         ({"w": np.zeros((2, 16, 16, 4), np.uint8)}, "input w has"),
         ({"w_scale": np.zeros((3, 1, 16), np.uint16)}, "input w_scale has"),
-        ({"group_size": 12}, "group_size a multiple of 8"),
+        ({"group_size": 24}, "group_size a multiple of 16"),
         ({"bits": 5}, "bits must be 4 or 8"),
         ({"N": 0}, "attribute N is out of range"),
         ({"K": 65}, "last dimension of x is not K"),

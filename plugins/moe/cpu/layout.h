@@ -30,7 +30,7 @@ constexpr int step_columns(int bits) { return 32 / bits; }
 // Sizes along the contraction axis.
 struct Columns {
   int count;  // columns
-  int group;  // columns that share a scale, a multiple of 8
+  int group;  // columns that share a scale, a multiple of 16
   int bits;   // 4 or 8, of a weight
   bool wide;  // activations have two codes
 

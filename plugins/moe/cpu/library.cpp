@@ -83,9 +83,9 @@ class Attributes {
   }
 
   Columns columns(const char* name, bool wide = false) const {
-    Columns k{integer(name, 1, 1 << 24), integer("group_size", 8, 1 << 16), integer("bits", 4, 8), wide};
-    if ((k.bits != 4 && k.bits != 8) || k.group % 8)
-      throw Failure{ort::kInvalidArgument, "bits must be 4 or 8, and group_size a multiple of 8"};
+    Columns k{integer(name, 1, 1 << 24), integer("group_size", 16, 1 << 16), integer("bits", 4, 8), wide};
+    if ((k.bits != 4 && k.bits != 8) || k.group % 16)
+      throw Failure{ort::kInvalidArgument, "bits must be 4 or 8, and group_size a multiple of 16"};
     return k;
   }
 

@@ -14,6 +14,7 @@
 //   Lanes                    arithmetic on 16 floats, see attend.h
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -110,67 +111,72 @@ void product(const Columns& k, const Block& block, const Token* x, int tokens, f
 // Rounds to the nearest integer, halves to even, as long as |x| < 2^22; the integer is in the low bits of the result.
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
 
-// Puts the columns of each four bytes with 4-bit weights into the order of a step.
-inline void sort_nibbles(int8_t* codes, int count) {
-  for (int i = 0; i < count; i += 8) {
-    int8_t even[4], odd[4];
-    for (int j = 0; j < 4; ++j) even[j] = codes[i + 2 * j], odd[j] = codes[i + 2 * j + 1];
-    std::memcpy(codes + i, even, 4);
-    std::memcpy(codes + i + 4, odd, 4);
+// Columns in the order in which a step of 4-bit weights reads them: of each eight the even ones, then the odd ones.
+inline int in_step(int i) { return (i & ~7) | (i & 1) << 2 | (i & 6) >> 1; }
+
+inline void store_bytes(const Columns& k, const int32_t* codes, int8_t* place) {
+  int8_t bytes[16];
+  if (k.bits == 4)
+    for (int i = 0; i < 16; ++i) bytes[in_step(i)] = int8_t(codes[i]);
+  else
+    for (int i = 0; i < 16; ++i) bytes[i] = int8_t(codes[i]);
+  std::memcpy(place, bytes, sizeof bytes);
+}
+
+// Where activations of a group go, sixteen at a time. Small arrays of its own let the compiler know that nothing overlaps.
+template <class Isa>
+inline int32_t store_codes(const Columns& k, const int32_t* rounded, int8_t* codes, int place) {
+  int32_t sum = 0;
+  if (k.wide) {
+    int32_t high[16], low[16];
+    for (int i = 0; i < 16; ++i) {
+      high[i] = (rounded[i] + 128) >> 8;
+      low[i] = rounded[i] - 256 * high[i] < -127 ? -127 : rounded[i] - 256 * high[i];  // -128 has no positive twin
+      sum += 256 * high[i] + low[i];
+    }
+    if (k.bits == 8 && Isa::kWords) {
+      int16_t words[16];
+      for (int i = 0; i < 16; ++i) words[i] = int16_t(256 * high[i] + low[i]);
+      for (int i = 0; i < 16; i += 4) std::swap(words[i + 1], words[i + 2]);
+      std::memcpy(reinterpret_cast<int16_t*>(codes) + place, words, sizeof words);
+      return sum;
+    }
+    store_bytes(k, high, codes + place);
+    store_bytes(k, low, codes + k.padded() + place);
+  } else {
+    for (int i = 0; i < 16; ++i) sum += rounded[i];
+    store_bytes(k, rounded, codes + place);
   }
+  return sum;
 }
 
 template <class Isa>
 void quantize(const Columns& k, const float* x, int8_t* codes, float* scales, int32_t* sums) {
   const float largest_code = k.wide ? 127.0f * 256.0f : 127.0f;
-  const int padded = k.padded();
-  int8_t* const low_codes = codes + padded;
-  int16_t* const words = k.wide && k.bits == 8 && Isa::kWords ? reinterpret_cast<int16_t*>(codes) : nullptr;
   for (int g = 0, start = 0; start < k.count; ++g, start += k.group) {
-    const int end = k.count - start < k.group ? k.count : start + k.group;
-    int32_t top = 0;  // the largest magnitude's bits, whose order is that of the numbers
-    for (int i = start; i < end; ++i) {
-      const int32_t size = bits_of(x[i]) & 0x7fffffff;
-      top = size > top ? size : top;
+    const int count = std::min(k.group, k.count - start);
+    int32_t tops[16] = {};  // the largest magnitudes' bits, whose order is that of the numbers
+    for (int first = 0; first < count; first += 16) {
+      const int some = std::min(16, count - first);
+      for (int i = 0; i < some; ++i) {
+        const int32_t size = bits_of(x[start + first + i]) & 0x7fffffff;
+        tops[i] = size > tops[i] ? size : tops[i];
+      }
     }
+    const int32_t top = *std::max_element(tops, tops + 16);
     const float largest = float_of(top);
     const bool finite = top < 0x7f800000;
     const float inverse = finite && largest > 1e-30f ? largest_code / largest : 0.0f;
     scales[g] = inverse > 0.0f ? largest / largest_code : finite ? 0.0f : NAN;
     int32_t sum = 0;
-    if (k.wide) {
-      for (int i = start; i < end; ++i) {
-        const int32_t code = bits_of(x[i] * inverse + kRounder) - bits_of(kRounder);
-        const int32_t high = (code + 128) >> 8;
-        const int32_t low = code - 256 * high < -127 ? -127 : code - 256 * high;  // -128 has no positive twin
-        if (words) {
-          words[i] = int16_t(256 * high + low);
-        } else {
-          codes[i] = int8_t(high);
-          low_codes[i] = int8_t(low);
-        }
-        sum += 256 * high + low;
-      }
-    } else {
-      for (int i = start; i < end; ++i) {
-        codes[i] = int8_t(bits_of(x[i] * inverse + kRounder));
-        sum += codes[i];
-      }
+    for (int first = 0; first < k.group; first += 16) {
+      float values[16] = {};
+      int32_t rounded[16];
+      if (first < count) std::memcpy(values, x + start + first, sizeof(float) * std::min(16, count - first));
+      for (int i = 0; i < 16; ++i) rounded[i] = bits_of(values[i] * inverse + kRounder) - bits_of(kRounder);
+      sum += store_codes<Isa>(k, rounded, codes, start + first);
     }
     sums[g] = sum;
-  }
-  if (words) {
-    for (int i = k.count; i < padded; ++i) words[i] = 0;
-    for (int i = 0; i < padded; i += 4) {
-      const int16_t second = words[i + 1];
-      words[i + 1] = words[i + 2];
-      words[i + 2] = second;
-    }
-    return;
-  }
-  for (int s = 0; s < k.streams(); ++s) {
-    for (int i = k.count; i < padded; ++i) codes[s * padded + i] = 0;
-    if (k.bits == 4) sort_nibbles(codes + s * padded, padded);
   }
 }
 
