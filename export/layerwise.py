@@ -210,7 +210,7 @@ class LayerwiseReference:
                 yield self._compare(engine, i, "router", lambda _: moe.router(read), own_logits, self._form.floats)
                 rows, logits = engine.rows(f"{prefix}router")
                 x = read[rows]
-                roundings = [Rounding(self._form, self._generator) for _ in range(_DRAWS)]
+                roundings = [Rounding(self._form.experts, self._generator) for _ in range(_DRAWS)]
                 branch, want, *off = self._experts(
                     i, [(own_x, own_logits, None), (x, logits, None), *((x, logits, each) for each in roundings)]
                 )

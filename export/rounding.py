@@ -8,7 +8,7 @@ scales of least squared error, and sums in blocks, leave less.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from gatework.export.groups import HEAD_BITS, HEAD_GROUP, PADDED_GROUP, fit_group
+from gatework.plugins.moe.cpu_ops import WIDE_BITS
 
 # Half the distance of neighbouring floats around 1. The reference rounds to float32 as well: two equal errors, so sqrt(2).
 UNITS = {"float32": 2.0**-23.5, "float16": 2.0**-11, "bfloat16": 2.0**-9}
@@ -28,19 +29,25 @@ class Format:
     """How an engine holds numbers.
 
     unit: roundoff of activations, 0.5 ulp. bits: of weights, and of the activations that meet them where `dynamic`; 0: floats.
-    group: consecutive weights of a row that share a scale, at most.
+    group: consecutive weights of a row that share a scale, at most. wide: activations have 16 bits where weights have 8.
     """
 
     unit: float
     bits: int = 0
     group: int = 0
     dynamic: bool = False
+    wide: bool = False
+
+    @property
+    def experts(self) -> Format:
+        """Of experts, where no activations are taken for wide: those of the first product are not."""
+        return replace(self, wide=False)
 
     @property
     def head(self) -> Format:
         """Of the output head, which has 8 bits at least."""
         if 0 < self.bits < HEAD_BITS:
-            return Format(self.unit, HEAD_BITS, HEAD_GROUP, self.dynamic)
+            return replace(self, bits=HEAD_BITS, group=HEAD_GROUP)
         return self
 
     @property
@@ -80,7 +87,10 @@ class Rounding(TorchFunctionMode):
     def activation(self, x: Tensor) -> Tensor:
         """The input [..., K] of a product."""
         x = x + self._draw(2 * _STEPS * self._form.unit * x.abs())
-        return x + self._draw(_group_steps(x, 8, self._form.group)) if self._form.dynamic else x
+        if not self._form.dynamic:
+            return x
+        bits = 16 if self._form.wide and self._form.bits == WIDE_BITS else 8
+        return x + self._draw(_group_steps(x, bits, self._form.group))
 
     def sum_of(self, y: Tensor, size: Tensor) -> Tensor:
         """A sum y whose terms have the absolute sum `size`."""

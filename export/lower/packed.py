@@ -24,7 +24,7 @@ from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, stati
 from gatework.export.quantize import in_blocks, quantize_rows
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe import cpu_ops
-from gatework.plugins.moe.cpu_ops import BLOCK_ROWS, STEP_BYTES
+from gatework.plugins.moe.cpu_ops import BLOCK_ROWS, STEP_BYTES, WIDE_BITS
 from gatework.plugins.moe.spec import ATTRIBUTE_KINDS, DOMAIN, MoEAttributes
 
 _HEAD = "lm_head.weight"
@@ -62,7 +62,7 @@ def to_packed_matmul(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Mode
         outputs = _specs(name, codes, scales)
         encode = partial(encode_blocks, bits=width, group=size)
         packed = add_packed(model.graph, Pack(pack.sources, outputs, encode))
-        settings = {"N": N, "K": K, "bits": width, "group_size": size}
+        settings = {"N": N, "K": K, "bits": width, "group_size": size, "wide": int(width == WIDE_BITS)}
         (y,) = Builder(model.graph, node).op(cpu_ops.MATMUL, node.inputs[0], *packed, domain=DOMAIN, **settings)
         replace(node.outputs[0], y)
         modified = True

@@ -1,6 +1,7 @@
 """The CPU kernels' operators for ONNX Runtime, and where their library is.
 
-`gatework::PackedMatMul` version 1: y [..., N] = x W^T, W quantised. Attributes: N, K, bits (4 or 8), group_size.
+`gatework::PackedMatMul` version 1: y [..., N] = x W^T, W quantised. Attributes: N, K, bits (4 or 8), group_size,
+wide (1: activations have 16 bits, else 8).
 
     x         [..., K]                        float32
     w         [blocks, steps, 16, 4]          uint8     blocks of 16 rows of W; steps of 4 (8 bits) or 8 (4 bits) columns
@@ -30,9 +31,9 @@ that a query sees, its own included).
     y             [B, S, H * Dh]              float32
     present_k, _v like past_k                           a caller may bind them to the memory of past_k and past_v
 
-The layout of a block is written down in cpu/layout.h. Activations are quantised to int8 per token and group, those inside an
-expert, whose error would weigh most, to 16 bits; products are sums of integers, attention adds in one order: the same
-token gives the same bits in any company, on any number of threads and on any processor.
+The layout of a block is written down in cpu/layout.h. Activations are quantised to int8 per token and group; to 16 bits are
+those inside an expert, whose error would weigh most, and those of `wide` products. Products are sums of integers, attention
+adds in one order: the same token gives the same bits in any company, on any number of threads and on any processor.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ MATMUL, MOE, ATTENTION = "PackedMatMul", "PackedMoE", "CachedAttention"
 PATHS = ("avx512_vnni", "avx_vnni", "avx2", "neon", "portable")
 BLOCK_ROWS = 16
 STEP_BYTES = 4  # of a row
+WIDE_BITS = (
+    8  # weights of so many bits, outside of experts, meet activations of 16; 4-bit weights cost more than 8-bit ones
+)
 # Releases of ONNX Runtime whose C API the library was tested with; it is used with no others.
 ORT_VERSIONS = ("1.32",)
 _NAME = "libgatework_cpu.so"
@@ -63,6 +67,11 @@ def chosen_path(library: Path) -> str:
         what = "GATEWORK_CPU_PATH names no kernels of this machine"
         raise GateworkError(what, got=os.environ["GATEWORK_CPU_PATH"], expected=expected, fix="unset it")
     return name.decode()
+
+
+def usable_library(ort_version: str) -> Path | None:
+    """The library, if there is one and it was tested with that ONNX Runtime."""
+    return find_library() if ort_version.startswith(ORT_VERSIONS) else None
 
 
 def find_library() -> Path | None:

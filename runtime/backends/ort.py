@@ -272,12 +272,12 @@ def _with_outputs(path: Path, taps: Sequence[str]) -> bytes:
 
 def _register_kernels(options: ort.SessionOptions, engine: Engine) -> bool:
     """Let a session find this package's CPU kernels; says so once if it has to do without, and raises if it cannot."""
-    library = cpu_ops.find_library()
-    if library is not None and ort.__version__.startswith(cpu_ops.ORT_VERSIONS):
+    library = cpu_ops.usable_library(ort.__version__)
+    if library is not None:
         cpu_ops.chosen_path(library)
         options.register_custom_ops_library(str(library))
         return True
-    if library is None:
+    if cpu_ops.find_library() is None:
         reason = "gatework was installed without a C++ compiler, so it has no CPU kernels of its own"
     else:
         tested = " and ".join(cpu_ops.ORT_VERSIONS)

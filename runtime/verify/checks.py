@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.machine import onnxruntime_version
+from gatework.plugins.moe import cpu_ops
 from gatework.runtime.backends.open import module_of, module_version, open_backend
 from gatework.runtime.engine import Engine
 from gatework.runtime.verify.bounds import DEFAULT_BOUNDS, Bounds
@@ -201,7 +203,8 @@ def _format(engine: Engine) -> Format:
     kind = floats.get(precision, "float32" if on_cpu else "bfloat16")
     settings = engine.manifest["inputs"]["settings"]
     group = settings["group_size"] or DEFAULT_GROUPS.get(precision, 0)
-    return Format(UNITS[kind], bits, group, dynamic=bool(bits) and on_cpu)
+    wide = cpu_ops.usable_library(onnxruntime_version()) is not None  # our own kernels run
+    return Format(UNITS[kind], bits, group, dynamic=bool(bits) and on_cpu, wide=wide)
 
 
 def _run(engine: Engine, plan: Plan, recording: Recording, threads: int | None, progress: bool) -> float | None:

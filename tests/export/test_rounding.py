@@ -13,7 +13,11 @@ ROWS, N, K = 32, 192, 256
 
 
 def rounded(values: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """Values [n, K] as the quantiser stores them."""
+    """Values [n, K] as the quantiser stores them, or, with 16 bits, as the CPU kernels take activations."""
+    if bits == 16:
+        groups = values.unflatten(-1, (-1, group))
+        steps = groups.abs().amax(-1, keepdim=True) / (127 * 256)
+        return ((groups / steps).round() * steps).flatten(-2)
     codes, scales = quantize_rows(values, bits, group)
     if bits == 4:
         codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
@@ -29,17 +33,20 @@ def predicted(form: Format, x: torch.Tensor, w: torch.Tensor) -> float:
     return float(torch.stack(off).mean().sqrt())
 
 
-@pytest.mark.parametrize(("bits", "group", "least"), [(8, 128, 0.9), (8, 32, 0.9), (4, 32, 0.7), (4, 16, 0.7)])
+@pytest.mark.parametrize(
+    ("bits", "group", "wide", "least"),
+    [(8, 128, False, 0.9), (8, 32, False, 0.9), (8, 128, True, 0.9), (4, 32, False, 0.7), (4, 16, True, 0.7)],
+)
 @pytest.mark.parametrize("outliers", [False, True])
-def test_integer_products(bits: int, group: int, least: float, outliers: bool) -> None:
+def test_integer_products(bits: int, group: int, wide: bool, least: float, outliers: bool) -> None:
     """Weights and activations in groups; int4's scales, of least squared error, do better than the model."""
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(ROWS, K, generator=generator), torch.randn(N, K, generator=generator)
     if outliers:
         x[:, 7] *= 20
         w[::3, 40] *= 10
-    got = F.linear(rounded(x, 8, group), rounded(w, bits, group)) - F.linear(x, w)
-    ratio = float(got.norm()) / predicted(Format(UNITS["float32"], bits, group, dynamic=True), x, w)
+    got = F.linear(rounded(x, 16 if wide and bits == 8 else 8, group), rounded(w, bits, group)) - F.linear(x, w)
+    ratio = float(got.norm()) / predicted(Format(UNITS["float32"], bits, group, dynamic=True, wide=wide), x, w)
     assert least < ratio < 1.1, ratio
 
 

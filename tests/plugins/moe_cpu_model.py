@@ -89,12 +89,14 @@ def moe_model(
     return model_of("PackedMoE", inputs, settings, D), exact
 
 
-def matmul_model(N: int, K: int, bits: int, group: int, *, rank: int = 2) -> tuple[onnx.ModelProto, Array]:
+def matmul_model(
+    N: int, K: int, bits: int, group: int, *, rank: int = 2, wide: int = 0
+) -> tuple[onnx.ModelProto, Array]:
     """A PackedMatMul of random weights, and the weights [N, K] in full."""
     rows = np.random.default_rng([N, K]).standard_normal((N, K), np.float32)
     codes, scales, exact = packed(rows, bits, group)
     inputs = {"x": np.zeros((1,) * (rank - 1) + (K,), np.float32), "w": codes, "w_scale": scales}
-    return model_of("PackedMatMul", inputs, {"N": N, "K": K, "bits": bits, "group_size": group}, N), exact
+    return model_of("PackedMatMul", inputs, {"N": N, "K": K, "bits": bits, "group_size": group, "wide": wide}, N), exact
 
 
 def session(model: onnx.ModelProto, library: Path | str, threads: int = 2) -> ort.InferenceSession:
@@ -112,11 +114,11 @@ def run_all(library: Path | str) -> dict[str, Array]:
     for bits in (8, 4):
         for K, group in ((16, 16), (100, 32), (300, 128)):
             for N in (1, 35, 144):
-                run = session(matmul_model(N, K, bits, group)[0], library)
-                for T in (0, 1, 3, 70):
-                    (outputs[f"matmul {bits} {N} {K} {T}"],) = run.run(
-                        None, {"x": rng.standard_normal((T, K), np.float32)}
-                    )
+                for wide in (0, 1):
+                    run = session(matmul_model(N, K, bits, group, wide=wide)[0], library)
+                    for T in (0, 1, 3, 70):
+                        feeds = {"x": rng.standard_normal((T, K), np.float32)}
+                        (outputs[f"matmul {bits} {N} {K} {T} {wide}"],) = run.run(None, feeds)
         for attributes in (
             MoEAttributes(top_k=2),
             MoEAttributes(top_k=3, glu="three_way", activation="gelu_tanh", scoring="sigmoid", capacity_factor=1.1),

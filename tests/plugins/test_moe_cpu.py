@@ -90,8 +90,10 @@ def test_any_shape(sizes: tuple[int, int, int, int], bits: int, group: int, seed
 def test_products(library: Path, N: int, K: int, group: int, bits: int) -> None:
     model, exact = matmul_model(N, K, bits, group, rank=3)
     x = np.random.default_rng(3).standard_normal((2, 50, K), np.float32)
-    (y,) = session(model, library).run(None, {"x": x})
-    assert relative(y, x.astype(np.float64) @ exact.T.astype(np.float64)) <= RELATIVE
+    want = x.astype(np.float64) @ exact.T.astype(np.float64)
+    assert relative(session(model, library).run(None, {"x": x})[0], want) <= RELATIVE
+    model, _ = matmul_model(N, K, bits, group, rank=3, wide=1)
+    assert relative(session(model, library).run(None, {"x": x})[0], want) <= RELATIVE / 200
 
 
 def test_routing_is_that_of_the_definition(library: Path) -> None:
@@ -142,6 +144,7 @@ def test_not_a_number_stays_one(library: Path) -> None:
         ({"group_size": 24}, "group_size a multiple of 16"),
         ({"bits": 5}, "bits must be 4 or 8"),
         ({"N": 0}, "attribute N is out of range"),
+        ({"wide": 2}, "attribute wide is out of range"),
         ({"K": 65}, "last dimension of x is not K"),
     ],
 )
@@ -152,7 +155,7 @@ def test_misfits_are_refused(library: Path, change: dict[str, object], message: 
         "w": np.zeros((3, 16, 16, 4), np.uint8),
         "w_scale": np.zeros((3, 2, 16), np.uint16),
     }
-    attributes: dict[str, object] = {"N": 40, "K": 64, "bits": 8, "group_size": 32}
+    attributes: dict[str, object] = {"N": 40, "K": 64, "bits": 8, "group_size": 32, "wide": 0}
     for name, value in change.items():
         (inputs if name in inputs else attributes)[name] = value  # type: ignore[index]
     with pytest.raises(Exception, match=message):

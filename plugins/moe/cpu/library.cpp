@@ -165,7 +165,8 @@ struct MatMulKernel {
   Columns k;
   int rows;
 
-  explicit MatMulKernel(const Attributes& attributes) : k(attributes.columns("K")), rows(attributes.integer("N", 1, 1 << 24)) {}
+  explicit MatMulKernel(const Attributes& attributes)
+      : k(attributes.columns("K", attributes.integer("wide", 0, 1))), rows(attributes.integer("N", 1, 1 << 24)) {}
 
   void compute(ort::KernelContext* context) const {
     const Tensor x = input(context, 0);
