@@ -35,6 +35,7 @@ _TOOLS = ("gatework", "torch")
 _Groups: TypeAlias = tuple[tuple[str, ...], ...]
 _ATTENTION: _Groups = (("attn.q.weight", "attn.k.weight", "attn.v.weight"), ("attn.o.weight",))
 _MLP: _Groups = (("mlp.w_in",), ("mlp.w_out",))
+_EXTRA: _Groups = (("extra_mlp.w_in",), ("extra_mlp.w_out",))
 
 
 def calibrate(
@@ -148,7 +149,7 @@ class _Run:
         """Take every window through layer i, calling `done` for each."""
         config, prefix = self.config, f"layers.{i}."
         with torch.device("meta"):
-            layer = Layer(config).eval()
+            layer = Layer(config, i).eval()
         load_weights(layer, self.checkpoint, prefix)
 
         def attend(window: _Window) -> None:
@@ -157,10 +158,16 @@ class _Run:
 
         def feed_forward(window: _Window) -> None:
             window.hidden = layer.feed_forward(window.hidden)
-            done()
+
+        def extra(window: _Window) -> None:
+            window.hidden = layer.extra(window.hidden)
 
         self.half(layer, prefix, "attn_norm", _ATTENTION, attend)
-        self.half(layer, prefix, "ffn_norm", _MLP if config.moe is None else (), feed_forward)
+        self.half(layer, prefix, "ffn_norm", () if config.has_experts(i) else _MLP, feed_forward)
+        if config.has_extra(i):
+            self.half(layer, prefix, "extra_norm", _EXTRA, extra)
+        for _ in self.windows:
+            done()
 
     def half(self, layer: Layer, prefix: str, first: str, groups: _Groups, run: Callable[[_Window], None]) -> None:
         """Take every window through one half of a layer, which begins with the norm `first`, and record."""

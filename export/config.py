@@ -15,6 +15,7 @@ MAX_EXPERTS = 50_000  # over all layers: a weight map is made before any tensor 
 Norm = Literal["rms", "layer"]
 QKNorm = Literal["head", "width"]
 Activation = Literal["silu", "gelu_tanh"]
+Glu = Literal["two_way", "three_way"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -65,10 +66,13 @@ class ModelConfig:
     attn_softcap: float | None = None  # c: scaled attention logits z become c tanh(z / c), before the mask
     post_norms: bool = False  # RMS norms of what attention and feed-forward part give, before it is added to the stream
     activation: Activation = "silu"  # of gates
+    glu: Glu = "two_way"  # act(gate) * up, or a * act(b) * up, where the gate a | b is twice as wide
     embed_multiplier: float = 1.0
     logit_multiplier: float = 1.0
     tie_embeddings: bool = False
     moe: MoEConfig | None = None
+    moe_interval: int = 1  # n: every n-th layer has experts, the last of each n; the others are dense
+    extra_mlp: bool = False  # after the experts of a layer: a dense feed-forward part with a norm of its own
     dtype: Dtype = "float32"  # of the stored weights
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -83,7 +87,7 @@ class ModelConfig:
             "num_kv_heads",
             "head_dim",
         )
-        for name in (*sizes, "max_position_embeddings"):
+        for name in (*sizes, "max_position_embeddings", "moe_interval"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise GateworkError(
@@ -114,15 +118,36 @@ class ModelConfig:
             )
         if self.qk_norm not in (None, *get_args(QKNorm)):
             raise GateworkError("qk_norm is not known", got=repr(self.qk_norm), expected="head, width or none")
-        if self.activation not in get_args(Activation):
-            expected = " or ".join(get_args(Activation))
-            raise GateworkError("activation is not known", got=repr(self.activation), expected=expected)
+        for name, known in {"activation": get_args(Activation), "glu": get_args(Glu)}.items():
+            if getattr(self, name) not in known:
+                raise GateworkError(f"{name} is not known", got=repr(getattr(self, name)), expected=" or ".join(known))
+        if self.moe is not None and self.moe_interval > self.num_layers:
+            expected = f"at most num_layers={self.num_layers}"
+            raise GateworkError("moe_interval leaves no layer with experts", got=self.moe_interval, expected=expected)
         if self.qkv_clip is not None and not self.qkv_clip > 0:
             raise GateworkError("qkv_clip is not positive", got=self.qkv_clip, expected="a positive bound, or none")
 
+    @property
+    def matrices(self) -> int:
+        """G: how many I-row matrices a feed-forward part applies to its input."""
+        return 2 if self.glu == "two_way" else 3
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the layer's feed-forward part is routed."""
+        return self.moe is not None and (layer + 1) % self.moe_interval == 0
+
+    def has_extra(self, layer: int) -> bool:
+        """Whether the layer has an extra MLP after its experts."""
+        return self.extra_mlp and self.has_experts(layer)
+
+    @property
+    def moe_layers(self) -> int:
+        """How many layers have experts."""
+        return self.num_layers // self.moe_interval if self.moe is not None else 0
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name and shape of every weight, in graph order. Matrices are (out, in); experts are (E, out, in)."""
-        D, I, Dh = self.hidden_size, self.intermediate_size, self.head_dim
+        D, I, Dh, G = self.hidden_size, self.intermediate_size, self.head_dim, self.matrices
         shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocab_size, D)}
         for i in range(self.num_layers):
             layer = {
@@ -138,13 +163,15 @@ class ModelConfig:
             if self.post_norms:
                 layer["attn_post_norm.weight"] = (D,)
             layer["ffn_norm.weight"] = (D,)
-            if self.moe is None:  # gate rows first, then up rows
-                layer |= {"mlp.w_in": (2 * I, D), "mlp.w_out": (D, I)}
+            if self.moe is None or not self.has_experts(i):  # gate rows first, then up rows
+                layer |= {"mlp.w_in": (G * I, D), "mlp.w_out": (D, I)}
             else:
                 E = self.moe.num_experts
-                layer |= {"moe.router.weight": (E, D), "moe.w_in": (E, 2 * I, D), "moe.w_out": (E, D, I)}
+                layer |= {"moe.router.weight": (E, D), "moe.w_in": (E, G * I, D), "moe.w_out": (E, D, I)}
             if self.post_norms:
                 layer["ffn_post_norm.weight"] = (D,)
+            if self.has_extra(i):
+                layer |= {"extra_norm.weight": (D,), "extra_mlp.w_in": (G * I, D), "extra_mlp.w_out": (D, I)}
             shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
         shapes["norm.weight"] = (D,)
         if not self.tie_embeddings:
@@ -159,8 +186,8 @@ class ModelConfig:
         """Weights that one token passes through: all but the experts it is not routed to."""
         if self.moe is None:
             return self.num_parameters()
-        expert = 3 * self.hidden_size * self.intermediate_size
-        return self.num_parameters() - self.num_layers * (self.moe.num_experts - self.moe.top_k) * expert
+        expert = (self.matrices + 1) * self.hidden_size * self.intermediate_size
+        return self.num_parameters() - self.moe_layers * (self.moe.num_experts - self.moe.top_k) * expert
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes that the keys and values of one position take over all layers."""

@@ -20,7 +20,7 @@ def moe_attributes(config: ModelConfig) -> MoEAttributes:
     """The operator's settings for this model's feed-forward layers, with dense weights."""
     assert config.moe is not None
     return MoEAttributes(
-        top_k=config.moe.top_k, renormalize=config.moe.renormalize, activation=config.activation, glu="two_way"
+        top_k=config.moe.top_k, renormalize=config.moe.renormalize, activation=config.activation, glu=config.glu
     )
 
 
@@ -120,17 +120,19 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Dense gated feed-forward layer: down(act(gate x) * up x)."""
+    """Dense gated feed-forward layer: down(act(gate x) * up x), or down(a * act(b) * up x) with gate x = a | b."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.w_in = nn.Parameter(torch.empty(2 * config.intermediate_size, config.hidden_size), requires_grad=False)
+        rows = config.matrices * config.intermediate_size
+        self.w_in = nn.Parameter(torch.empty(rows, config.hidden_size), requires_grad=False)
         self.w_out = nn.Parameter(torch.empty(config.hidden_size, config.intermediate_size), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.w_in).chunk(2, dim=-1)
-        return F.linear(activate(self.config, gate) * up, self.w_out)
+        *a, gate, up = F.linear(x, self.w_in).chunk(self.config.matrices, dim=-1)
+        hidden = activate(self.config, gate) * up
+        return F.linear(a[0] * hidden if a else hidden, self.w_out)
 
 
 class MoE(nn.Module):
@@ -142,7 +144,7 @@ class MoE(nn.Module):
         self.attributes = moe_attributes(config)
         E, D, I = config.moe.num_experts, config.hidden_size, config.intermediate_size
         self.router = Linear(E, D)
-        self.w_in = nn.Parameter(torch.empty(E, 2 * I, D), requires_grad=False)
+        self.w_in = nn.Parameter(torch.empty(E, config.matrices * I, D), requires_grad=False)
         self.w_out = nn.Parameter(torch.empty(E, D, I), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,20 +166,26 @@ class Step:
 
 
 class Layer(nn.Module):
-    """Pre-norm block: attention, then the feed-forward layer, each added to the residual stream, normalised or not."""
+    """Pre-norm block: attention, then the feed-forward layer, each added to the residual stream, normalised or not.
 
-    def __init__(self, config: ModelConfig) -> None:
+    index: the layer's number, which decides whether it has experts.
+    """
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.attn_norm, self.attn = norm(config), Attention(config)
         self.ffn_norm = norm(config)
-        self.ffn = "mlp" if config.moe is None else "moe"  # the name under which its weights go
-        self.add_module(self.ffn, MLP(config) if config.moe is None else MoE(config))
+        self.ffn = "moe" if config.has_experts(index) else "mlp"  # the name under which its weights go
+        self.add_module(self.ffn, MoE(config) if config.has_experts(index) else MLP(config))
         self.attn_post_norm = norm(config) if config.post_norms else nn.Identity()
         self.ffn_post_norm = norm(config) if config.post_norms else nn.Identity()
+        self.has_extra = config.has_extra(index)
+        if self.has_extra:
+            self.extra_norm, self.extra_mlp = norm(config), MLP(config)
 
     def forward(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, k, v = self.attend(x, step, past_k, past_v)
-        return self.feed_forward(x), k, v
+        return self.extra(self.feed_forward(x)), k, v
 
     def attend(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The first half, and the updated cache."""
@@ -187,6 +195,10 @@ class Layer(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         """The second half."""
         return x + self.ffn_post_norm(self.get_submodule(self.ffn)(self.ffn_norm(x)))
+
+    def extra(self, x: Tensor) -> Tensor:
+        """The MLP after the experts, in layers that have one."""
+        return x + self.extra_mlp(self.extra_norm(x)) if self.has_extra else x
 
 
 def scaled(x: Tensor, multiplier: float) -> Tensor:
@@ -210,7 +222,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.max_seq, self.all_logits = config, max_seq, all_logits
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm = norm(config)
         if not config.tie_embeddings:
             self.lm_head = Linear(config.vocab_size, config.hidden_size)

@@ -23,7 +23,7 @@ from gatework.export.taps import name_taps
 from gatework.plugins.moe import onnx_op, torch_op
 
 OPSET = 24
-_TRACED_LAYERS = 2  # the rest are copies of the second
+_TRACED_LAYERS = 2  # the rest are copies of the second, where layers are alike
 ROPE_TABLES = ("rope_cos", "rope_sin")
 
 
@@ -39,7 +39,8 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
     `dtype` and shape but holds no data; the rotary tables and scalar constants do hold data.
     """
     torch_dtype = getattr(torch, dtype)
-    traced = replace(config, num_layers=min(config.num_layers, _TRACED_LAYERS))
+    alike = config.moe_interval == 1
+    traced = replace(config, num_layers=min(config.num_layers, _TRACED_LAYERS)) if alike else config
     with torch.device("meta"):
         decoder = Decoder(traced, max_seq, all_logits=all_logits).to(torch_dtype).eval()
         for module in decoder.modules():

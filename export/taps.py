@@ -20,6 +20,7 @@ def name_taps(graph: ir.Graph, config: ModelConfig) -> None:
     ):  # by the embedding's multiplier
         embedded = users[0].outputs[0]
     embedded.name = "embedding"
+    model = config.to_dict()
     for i in range(config.num_layers):
         attention = _product(graph, f"layers.{i}.attn.o.weight")
         residual = _sum_with(attention.outputs[0])
@@ -28,7 +29,7 @@ def name_taps(graph: ir.Graph, config: ModelConfig) -> None:
             "attention": attention.outputs[0],
             "residual": residual,
         }
-        if config.moe is None:
+        if not config.has_experts(i):
             branch = _product(graph, f"layers.{i}.mlp.w_out").outputs[0]
             values["mlp"] = branch
         else:
@@ -37,8 +38,11 @@ def name_taps(graph: ir.Graph, config: ModelConfig) -> None:
             values["experts"] = node.outputs[0]
             (reshape,) = node.outputs[0].consumers()
             branch = reshape.outputs[0]
+        if config.has_extra(i):
+            values["routed"] = _sum_with(branch)
+            branch = values["extra"] = _product(graph, f"layers.{i}.extra_mlp.w_out").outputs[0]
         values["output"] = _sum_with(branch)
-        for name, tensor in zip(layer_taps(i, config.moe is not None), values, strict=True):
+        for name, tensor in zip(layer_taps(i, model), values, strict=True):
             value = values[tensor]
             assert value is not None
             value.name = name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,17 @@ MANIFEST_FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def layer_taps(layer: int, has_experts: bool) -> list[str]:
-    """Values of a layer that every ONNX graph names, in order of computation.
+def layer_taps(layer: int, model: Mapping[str, Any]) -> list[str]:
+    """Values of a layer that every ONNX graph names, in order of computation; model: `ModelConfig.to_dict()`.
 
     `layers.{i}.context`: what the heads read from the cache, before the output projection; `attention`: after it;
-    `residual`: the stream with it; `router`: logits, and `experts`, or `mlp`: what the feed-forward part adds; `output`: the
-    stream with that.
+    `residual`: the stream with it; `router`: logits, and `experts`, or `mlp`: what the feed-forward part adds; `routed`: the
+    stream with that, and `extra`: what an MLP after the experts adds; `output`: the stream after all.
     """
-    names = ("context", "attention", "residual", *(("router", "experts") if has_experts else ("mlp",)), "output")
+    has_experts = model["moe"] is not None and (layer + 1) % (model.get("moe_interval") or 1) == 0
+    feed_forward = ("router", "experts") if has_experts else ("mlp",)
+    extra = ("routed", "extra") if has_experts and model.get("extra_mlp") else ()
+    names = ("context", "attention", "residual", *feed_forward, *extra, "output")
     return [f"layers.{layer}.{name}" for name in names]
 
 

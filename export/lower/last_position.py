@@ -19,24 +19,33 @@ def hoist_last_position(model: ir.Model) -> tuple[ir.Model, bool]:
     if add is None or any(_has_capacity(node) for node in model.graph):
         return model, False
     (last,) = slices
+    while (position := _hoist(model.graph, add, last)) is not None:  # past an extra MLP, and past the experts before it
+        add, last = position.inputs[0].producer(), position  # type: ignore[union-attr]
+        assert add is not None
+    return model, True
+
+
+def _hoist(graph: ir.Graph, add: ir.Node, last: ir.Node) -> ir.Node | None:
+    """Move the Slice up past the part whose branch `add` adds; returns the new one if there is more before it."""
     residual, branch = add.inputs
     assert residual is not None
     users = [user for user, _ in residual.uses()]  # the layer's norm, and the sum itself
     norm = next(user for user in users if user is not add)
-    (position,) = Builder(model.graph, norm).op("Slice", residual, *last.inputs[1:])
+    (position,) = Builder(graph, norm).op("Slice", residual, *last.inputs[1:])
+    position.type = residual.type
     for user in users:
         user.replace_input_with(list(user.inputs).index(residual), position)
     if (post_norm := producer(branch, "RMSNormalization")) is not None:
         branch = post_norm.inputs[0]
     reshape = producer(branch, "Reshape")  # tokens of a MoE [T, D] back to [B, S, D], where S is 1 now
     if reshape is not None:
-        (shape,) = Builder(model.graph, reshape).op("Shape", position)
+        (shape,) = Builder(graph, reshape).op("Shape", position)
         reshape.replace_input_with(1, shape)
     name = add.outputs[0].name  # verification asks for it
     replace(last.outputs[0], add.outputs[0])
     add.outputs[0].name = name
-    model.graph.remove(last)
-    return model, True
+    graph.remove(last)
+    return position.producer() if (residual.name or "").endswith(".routed") else None
 
 
 def _has_capacity(node: ir.Node) -> bool:

@@ -143,6 +143,14 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
     ]
     if config.qk_norm is not None:
         rows.append(("q, k normalised", "each head by itself" if config.qk_norm == "head" else "all heads as one"))
+    if config.moe is not None and config.moe_layers < config.num_layers:
+        rows.append(("layers with experts", f"{config.moe_layers}, one in {config.moe_interval}"))
+    if config.extra_mlp:
+        rows.append(("after the experts", "a dense MLP"))
+    if config.glu == "three_way":
+        rows.append(("gates", "twice as wide, one half times the other"))
+    if config.attn_scale is not None:
+        rows.append(("attention scale", f"{config.attn_scale:g}"))
     if config.attn_softcap is not None:
         rows.append(("attention logits", f"capped to ±{config.attn_softcap:g}"))
     if config.post_norms:

@@ -24,6 +24,7 @@ from gatework.plugins.errors import GateworkError
 from tests.checkpoints import TABLE, make_checkpoint, odd_sizes, reference_model
 from tests.formats import convert, formats_of
 from tests.golden.grok1 import weights as grok1
+from tests.golden.openmoe import weights as openmoe
 
 Edit = Callable[[dict[str, Tensor]], object]
 
@@ -126,6 +127,34 @@ def test_both_layouts_of_grok_1(tmp_path: Path) -> None:
     assert checkpoint.config == ckpt.config
     for name in ckpt.weights:
         assert torch.equal(checkpoint.read(name), ckpt.read(name)), name
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "bin"])
+def test_weights_of_openmoe(tmp_path: Path, file_format: str) -> None:
+    """Both halves of the gate before up; experts turned, dense matrices not."""
+    config, arrays = openmoe.make()
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if file_format == "bin":
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    routed, dense = "model.layers.1.mlp", "model.layers.0.mlp"
+    gate_up = [tensors[f"{routed}.experts.{name}"].transpose(1, 2) for name in ("wi_gate", "wi_up")]
+    expected = {
+        "layers.0.mlp.w_in": torch.cat([tensors[f"{dense}.{name}_proj.weight"] for name in ("gate", "up")]),
+        "layers.0.mlp.w_out": tensors[f"{dense}.down_proj.weight"],
+        "layers.1.moe.router.weight": tensors[f"{routed}.gate_weight"],
+        "layers.1.moe.w_in": torch.cat(gate_up, dim=1),
+        "layers.1.moe.w_out": tensors[f"{routed}.experts.wo"].transpose(1, 2),
+        "layers.1.extra_norm.weight": tensors["model.layers.1.pre_extra_mlp_layernorm.weight"],
+        "layers.1.extra_mlp.w_out": tensors["model.layers.1.extra_mlp.down_proj.weight"],
+    }
+    for name, tensor in expected.items():
+        assert torch.equal(checkpoint.read(name), tensor), name
+        parts = torch.cat([part.flatten() for part in checkpoint.parts(name, max_bytes=4096)])
+        assert torch.equal(parts, tensor.flatten()), name
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["beside", "inside"])

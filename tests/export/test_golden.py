@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from gatework.export.reference import load_decoder
 from tests.export.test_decoder import assert_close, run
 from tests.golden.grok1 import weights as grok1
+from tests.golden.openmoe import weights as openmoe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -22,10 +25,15 @@ def golden(name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def make(name: str, folder: Path) -> Path:
-    return grok1.write_ckpt(folder / name, grok1.tensors())
+    if name == "grok1":
+        return grok1.write_ckpt(folder / name, grok1.tensors())
+    config, tensors = openmoe.make()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
-@pytest.mark.parametrize("name", ["grok1"])
+@pytest.mark.parametrize("name", ["grok1", "openmoe"])
 @torch.inference_mode()
 def test_equals_the_original(tmp_path: Path, name: str) -> None:
     """Prefill of a ragged batch, then cached decode of rows at different positions."""
