@@ -119,8 +119,22 @@ class Checkpoint:
         return cls(path, replace(config, dtype=dtype), weights, source)
 
     @property
+    def stored_as(self) -> str:
+        """In words, how the files hold most weights."""
+        return "int8 with scales" if self._scaled else self.config.dtype
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that the weights take in the files."""
+        return sum(path.stat().st_size for path in self.source.files) if self._scaled else self.nbytes
+
+    @property
+    def _scaled(self) -> bool:
+        return any(isinstance(tensor, ckpt.ScaledTensor) for tensor in self.source.tensors.values())
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that all canonical weights take in their stored dtypes."""
+        """Bytes that all canonical weights take as they are read."""
         return sum(map(self.weight_bytes, self.weights))
 
     def weight_bytes(self, name: str) -> int:

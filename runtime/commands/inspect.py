@@ -27,7 +27,7 @@ _EXAMPLES = """
     gatework inspect engines/tiny --json
 """
 _DEFAULT_SIZES = "16GiB,24GiB,32GiB,48GiB,80GiB,141GB"
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.index.json")
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.index.json", "tensor00000_000", "ckpt-0/tensor00000_000")
 
 
 def add(commands: Commands) -> None:
@@ -72,7 +72,8 @@ def _read_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
     if path.is_dir() and any(True for pattern in _WEIGHT_FILES for _ in path.glob(pattern)):
         checkpoint = Checkpoint.open(path)
-        return checkpoint.config, {"kind": "checkpoint", "stored_bytes": checkpoint.nbytes}
+        stored = {"stored_as": checkpoint.stored_as, "stored_bytes": checkpoint.stored_bytes}
+        return checkpoint.config, {"kind": "checkpoint", **stored}
     return read_config(path), {"kind": "config"}
 
 
@@ -114,7 +115,7 @@ def _text(path: Path, config: ModelConfig, facts: dict[str, Any]) -> str:
     if "engine" in facts:
         sections.append(table(_engine_rows(config, facts["engine"]), "<<"))
     if "stored_bytes" in facts:
-        sections.append(f"stored as {config.dtype}, {facts['stored_bytes']:,} bytes")
+        sections.append(f"stored as {facts['stored_as']}, {facts['stored_bytes']:,} bytes")
     sections.append(_kv_text(facts))
     sections.append(_memory_text(facts))
     return "\n\n".join(sections)

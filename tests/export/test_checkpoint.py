@@ -21,6 +21,7 @@ from gatework.export.checkpoint import Checkpoint, read_config
 from gatework.export.families import FAMILIES
 from gatework.export.stored import StoredTensor
 from gatework.plugins.errors import GateworkError
+from tests import sparse_ckpt
 from tests.checkpoints import TABLE, make_checkpoint, odd_sizes, reference_model
 from tests.formats import convert, formats_of
 from tests.golden.grok1 import weights as grok1
@@ -127,6 +128,19 @@ def test_both_layouts_of_grok_1(tmp_path: Path) -> None:
     assert checkpoint.config == ckpt.config
     for name in ckpt.weights:
         assert torch.equal(checkpoint.read(name), ckpt.read(name)), name
+
+
+def test_true_shapes_of_ckpt_0(tmp_path: Path) -> None:
+    """770 files of the released sizes, with no config: only what describes the arrays is read."""
+    numpy_2 = np.__version__ >= "2"  # spells a module's name with one more letter
+    for kind, path in sparse_ckpt.write_sparse_ckpt(tmp_path).items():
+        assert path.stat().st_size == sparse_ckpt.KINDS[kind][2] + numpy_2, kind
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.config.num_parameters() == 315_684_820_992
+    assert len(checkpoint.source.tensors) == 770
+    assert checkpoint.stored_as == "int8 with scales"
+    assert checkpoint.stored_bytes == pytest.approx(318.2e9, rel=1e-3)
+    assert torch.equal(checkpoint.read("layers.63.attn.k.weight"), torch.zeros(1024, 6144))
 
 
 @pytest.mark.parametrize("file_format", ["safetensors", "bin"])
