@@ -72,6 +72,10 @@ class ModelConfig:
     tie_embeddings: bool = False
     moe: MoEConfig | None = None
     moe_interval: int = 1  # n: every n-th layer has experts, the last of each n; the others are dense
+    expert_capacity: float = (
+        0.0  # factor of the choices that an expert serves in one step, more are dropped; 0: none is
+    )
+    min_expert_capacity: int = 0
     extra_mlp: bool = False  # after the experts of a layer: a dense feed-forward part with a norm of its own
     dtype: Dtype = "float32"  # of the stored weights
     bos_token_id: int | None = None
@@ -121,6 +125,9 @@ class ModelConfig:
         for name, known in {"activation": get_args(Activation), "glu": get_args(Glu)}.items():
             if getattr(self, name) not in known:
                 raise GateworkError(f"{name} is not known", got=repr(getattr(self, name)), expected=" or ".join(known))
+        if not (0 <= self.expert_capacity < MAX_SIZE and 0 <= self.min_expert_capacity < MAX_SIZE):
+            got = f"{self.expert_capacity} and {self.min_expert_capacity}"
+            raise GateworkError("expert_capacity or min_expert_capacity is out of range", got=got, expected="0 or more")
         if self.moe is not None and self.moe_interval > self.num_layers:
             expected = f"at most num_layers={self.num_layers}"
             raise GateworkError("moe_interval leaves no layer with experts", got=self.moe_interval, expected=expected)

@@ -20,7 +20,12 @@ def moe_attributes(config: ModelConfig) -> MoEAttributes:
     """The operator's settings for this model's feed-forward layers, with dense weights."""
     assert config.moe is not None
     return MoEAttributes(
-        top_k=config.moe.top_k, renormalize=config.moe.renormalize, activation=config.activation, glu=config.glu
+        top_k=config.moe.top_k,
+        renormalize=config.moe.renormalize,
+        activation=config.activation,
+        glu=config.glu,
+        capacity_factor=config.expert_capacity,
+        min_capacity=config.min_expert_capacity,
     )
 
 

@@ -1,7 +1,8 @@
 """OpenMoE: T5-style attention without a scale, three-way gates, and experts in every n-th layer, with a dense MLP after them.
 
-The layout is that of OrionZheng's repositories, whose configs call the model "llama". No token is dropped: the published code
-drops those beyond an expert's capacity, so that a token's result depends on its company in the batch.
+The layout is that of OrionZheng's repositories, whose configs call the model "llama". No token is dropped. The published code
+drops those beyond an expert's capacity, so that a token's result depends on its company in the batch; the reference decoder
+does the same with `expert_capacity` 2 and `min_expert_capacity` 4 in its ModelConfig, and no engine does.
 """
 
 from __future__ import annotations

@@ -29,6 +29,12 @@ def native_names(tensors: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return found
 
 
+@torch.no_grad()
+def logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+    """[S, V] of tokens [1, S]."""
+    return model(torch.from_numpy(tokens), use_cache=False).logits[0].float().numpy()
+
+
 def main() -> None:
     package = types.ModuleType("hf_openmoe")  # its __init__ wants a tokenizer's package
     package.__path__ = [str(Path(sys.argv[1]) / "hf_openmoe")]
@@ -37,7 +43,7 @@ def main() -> None:
     config_module = importlib.import_module("hf_openmoe.configuration_hf_openmoe")
     fields, tensors = weights.make()
     # so wide that no expert is ever full, whatever the number of tokens: twice as many places as tokens
-    fields |= {"router_capacity_factor_eval": 8.0, "enable_kernel": False}
+    fields |= {"router_capacity_factor_eval": 8.0}
     ignored = ("architectures", "model_type", "torch_dtype")
     config = config_module.HFOpenMoeConfig(**{k: v for k, v in fields.items() if k not in ignored})
     model = model_module.HFOpenMoeForCausalLM(config).eval().float()
@@ -46,9 +52,11 @@ def main() -> None:
     results = {}
     for number, length in enumerate(LENGTHS):
         tokens = rng.randint(0, fields["vocab_size"], (1, length))
-        with torch.no_grad():
-            logits = model(torch.from_numpy(tokens), use_cache=False).logits
-        results |= {f"tokens_{number}": tokens[0], f"logits_{number}": logits[0].float().numpy()}
+        results |= {f"tokens_{number}": tokens[0], f"logits_{number}": logits(model, tokens)}
+    for layer in model.model.layers[1::2]:
+        layer.mlp.router.capacity_factor_eval = 2.0  # as released
+    results["dropped_0"] = logits(model, results["tokens_0"][None])
+    print("dropping changes logits by", np.abs(results["dropped_0"] - results["logits_0"]).max())
     np.savez_compressed(HERE / "logits.npz", **results)
     print({name: (array.shape, float(np.abs(array).max())) for name, array in results.items()})
 
