@@ -38,6 +38,7 @@ _ATTENTION: _Groups = (("attn.q.weight", "attn.k.weight", "attn.v.weight"), ("at
 _MLP: _Groups = (("mlp.w_in",), ("mlp.w_out",))
 _SHARED: _Groups = (("moe.shared.w_in",), ("moe.shared.w_out",))
 _PARALLEL: _Groups = ((*_ATTENTION[0], *_MLP[0]), _ATTENTION[1], _MLP[1])
+_EXTRA: _Groups = (("extra_mlp.w_in",), ("extra_mlp.w_out",))
 
 
 def calibrate(
@@ -158,7 +159,7 @@ class _Run:
         """Take every window through layer i, calling `done` for each."""
         config, prefix = self.config, f"layers.{i}."
         with torch.device("meta"):
-            layer = Layer(config).eval()
+            layer = Layer(config, i).eval()
         load_weights(layer, self.checkpoint, prefix)
 
         def attend(window: _Window) -> None:
@@ -167,6 +168,11 @@ class _Run:
 
         def feed_forward(window: _Window) -> None:
             window.hidden = layer.feed_forward(window.hidden, window.hidden)
+            if not layer.has_extra:
+                done()
+
+        def extra(window: _Window) -> None:
+            window.hidden = layer.extra(window.hidden)
             done()
 
         def both(window: _Window) -> None:
@@ -179,8 +185,10 @@ class _Run:
             self.part(layer, prefix, "attn_norm", _PARALLEL, both)
             return
         self.part(layer, prefix, "attn_norm", _ATTENTION, attend)
-        routed = () if config.moe is None or config.moe.shared_width is None else _SHARED
-        self.part(layer, prefix, "ffn_norm", _MLP if config.moe is None else routed, feed_forward)
+        routed = _SHARED if config.has_shared(i) else ()
+        self.part(layer, prefix, "ffn_norm", routed if config.has_experts(i) else _MLP, feed_forward)
+        if layer.has_extra:
+            self.part(layer, prefix, "extra_norm", _EXTRA, extra)
 
     def part(self, layer: Layer, prefix: str, first: str, groups: _Groups, run: Callable[[_Window], None]) -> None:
         """Take every window through a part of a layer, which begins with the norm `first`, and record."""

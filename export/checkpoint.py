@@ -119,8 +119,22 @@ class Checkpoint:
         return cls(path, replace(config, dtype=dtype), weights, source)
 
     @property
+    def stored_as(self) -> str:
+        """In words, how the files hold most weights."""
+        return "int8 with scales" if self._scaled else self.config.dtype
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that the weights take in the files."""
+        return sum(path.stat().st_size for path in self.source.files) if self._scaled else self.nbytes
+
+    @property
+    def _scaled(self) -> bool:
+        return any(isinstance(tensor, ckpt.ScaledTensor) for tensor in self.source.tensors.values())
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that all canonical weights take in their stored dtypes."""
+        """Bytes that all canonical weights take as they are read."""
         return sum(map(self.weight_bytes, self.weights))
 
     def weight_bytes(self, name: str) -> int:
@@ -236,7 +250,7 @@ def count_rows(weight: Weight) -> int:
 def piece_rows(piece: Piece) -> int:
     """Rows that a piece contributes to its weight."""
     if piece.transpose:
-        return piece.shape[1]
+        return piece.shape[-1]
     return piece.shape[0] if piece.rows is None else piece.rows[1] - piece.rows[0]
 
 
@@ -245,9 +259,9 @@ def read_piece(piece: Piece, stored: Stored, out: Tensor, start: int) -> None:
     first, last = piece.rows or (0, piece.shape[0])
     if piece.transpose:
         assert not piece.rope_heads, piece
-        block = torch.empty((last - first, piece.shape[1]), dtype=out.dtype)
+        block = torch.empty((last - first, *piece.shape[1:]), dtype=out.dtype)
         stored.read_into(block, first)
-        out.copy_(block[:, start : start + out.shape[0]].t())
+        out.copy_(block.flatten(0, -2)[:, start : start + out.shape[0]].t())
     elif piece.rope_heads:
         Dh = (last - first) // piece.rope_heads
         head, stop = start // Dh * Dh, -(-(start + out.shape[0]) // Dh) * Dh  # whole heads around the rows asked for

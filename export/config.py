@@ -72,7 +72,7 @@ class ModelConfig:
     qkv_clip: float | None = None  # clamp q, k and v to [-c, c], after qk_norm "width" and before "head"
     bias: Bias | None = None  # of the products that make q, k and v; or of all products and norms, the head's included
     parallel: bool = False  # attention and feed-forward layer read one norm, and both are added to what came before it
-    glu: Glu = "two_way"  # of the feed-forward layer: none, or gate and up
+    glu: Glu = "two_way"  # none: act(up); act(gate) * up; or a * act(b) * up, where the gate a | b is twice as wide
     attn_scale: float | None = None  # of q k^T; None: 1 / sqrt(Dh)
     attn_softcap: float | None = None  # c: scaled attention logits z become c tanh(z / c), before the mask
     post_norms: bool = False  # RMS norms of what attention and feed-forward part give, before it is added to the stream
@@ -81,6 +81,10 @@ class ModelConfig:
     logit_multiplier: float = 1.0
     tie_embeddings: bool = False
     moe: MoEConfig | None = None
+    moe_interval: int = 1  # n: every n-th layer has experts, the last of each n; the others are dense
+    expert_capacity: float = 0.0  # factor of the choices that an expert serves in one step; 0: none is dropped
+    min_expert_capacity: int = 0
+    extra_mlp: bool = False  # after the experts of a layer: a dense feed-forward part with a norm of its own
     dtype: Dtype = "float32"  # of the stored weights
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -95,7 +99,7 @@ class ModelConfig:
             "num_kv_heads",
             "head_dim",
         )
-        for name in (*sizes, "max_position_embeddings"):
+        for name in (*sizes, "max_position_embeddings", "moe_interval"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise GateworkError(
@@ -127,12 +131,8 @@ class ModelConfig:
             )
         if self.qk_norm not in (None, *get_args(QKNorm)):
             raise GateworkError("qk_norm is not known", got=repr(self.qk_norm), expected="head, width or none")
-        if self.activation not in get_args(Activation):
-            expected = " or ".join(get_args(Activation))
-            raise GateworkError("activation is not known", got=repr(self.activation), expected=expected)
         if self.qkv_clip is not None and not self.qkv_clip > 0:
             raise GateworkError("qkv_clip is not positive", got=self.qkv_clip, expected="a positive bound, or none")
-
         self._check_layers()
 
     def _check_positions(self) -> None:
@@ -158,8 +158,15 @@ class ModelConfig:
             known = get_args(kind)
             if getattr(self, name) not in known and not (name == "bias" and self.bias is None):
                 raise GateworkError(f"{name} is not known", got=repr(getattr(self, name)), expected=" or ".join(known))
-        if self.glu == "three_way":
-            raise GateworkError("glu is not supported", got=self.glu, expected="none or two_way")
+        if not (0 <= self.expert_capacity < MAX_SIZE and 0 <= self.min_expert_capacity < MAX_SIZE):
+            got = f"{self.expert_capacity} and {self.min_expert_capacity}"
+            raise GateworkError("expert_capacity or min_expert_capacity is out of range", got=got, expected="0 or more")
+        if self.moe is not None and self.moe_interval > self.num_layers:
+            expected = f"at most num_layers={self.num_layers}"
+            raise GateworkError("moe_interval leaves no layer with experts", got=self.moe_interval, expected=expected)
+        if self.glu == "three_way" and (self.parallel or self.bias == "all"):
+            what = "in parallel layers" if self.parallel else "with biases of all products"
+            raise GateworkError(f"glu is not supported {what}", got=self.glu, expected="none or two_way")
         if self.moe is not None and (self.parallel or self.bias == "all"):
             what = "parallel layers" if self.parallel else "biases of all products"
             raise GateworkError(f"{what} are for dense models", got=f"{self.moe.num_experts} experts")
@@ -193,9 +200,31 @@ class ModelConfig:
         )
         return replace(self, ntk_length=ntk, logn_length=logn)
 
+    @property
+    def matrices(self) -> int:
+        """G: how many I-row matrices a feed-forward part applies to its input."""
+        return GLU_MATRICES[self.glu]
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the layer's feed-forward part is routed."""
+        return self.moe is not None and (layer + 1) % self.moe_interval == 0
+
+    def has_shared(self, layer: int) -> bool:
+        """Whether the layer has a shared expert beside its routed ones."""
+        return self.moe is not None and self.moe.shared_width is not None and self.has_experts(layer)
+
+    def has_extra(self, layer: int) -> bool:
+        """Whether the layer has an extra MLP after its experts."""
+        return self.extra_mlp and self.has_experts(layer)
+
+    @property
+    def moe_layers(self) -> int:
+        """How many layers have experts."""
+        return self.num_layers // self.moe_interval if self.moe is not None else 0
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name and shape of every weight, in graph order. Matrices are (out, in); experts are (E, out, in)."""
-        D, I, Dh = self.hidden_size, self.intermediate_size, self.head_dim
+        D, I, Dh, G = self.hidden_size, self.intermediate_size, self.head_dim, self.matrices
         on_qkv, on_all = self.bias is not None, self.bias == "all"
         shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocab_size, D)}
         for i in range(self.num_layers):
@@ -210,18 +239,20 @@ class ModelConfig:
                 layer |= self._norm_shapes("attn_post_norm")
             if not self.parallel:
                 layer |= self._norm_shapes("ffn_norm")
-            rows = GLU_MATRICES[self.glu] * I  # gate rows first, then up rows
-            if self.moe is None:
-                layer |= {"mlp.w_in": (rows, D), "mlp.w_out": (D, I)}
-                layer |= {"mlp.b_in": (rows,), "mlp.b_out": (D,)} if on_all else {}
+            if self.moe is None or not self.has_experts(i):  # gate rows first, then up rows
+                layer |= {"mlp.w_in": (G * I, D), "mlp.w_out": (D, I)}
+                layer |= {"mlp.b_in": (G * I,), "mlp.b_out": (D,)} if on_all else {}
             else:
                 E = self.moe.num_experts
-                layer |= {"moe.router.weight": (E, D), "moe.w_in": (E, rows, D), "moe.w_out": (E, D, I)}
+                layer |= {"moe.router.weight": (E, D), "moe.w_in": (E, G * I, D), "moe.w_out": (E, D, I)}
                 if (width := self.moe.shared_width) is not None:
                     layer |= {"moe.shared.router.weight": (1, D)}
-                    layer |= {"moe.shared.w_in": (GLU_MATRICES[self.glu] * width, D), "moe.shared.w_out": (D, width)}
+                    layer |= {"moe.shared.w_in": (G * width, D), "moe.shared.w_out": (D, width)}
             if self.post_norms:
                 layer |= self._norm_shapes("ffn_post_norm")
+            if self.has_extra(i):
+                layer |= self._norm_shapes("extra_norm")
+                layer |= {"extra_mlp.w_in": (G * I, D), "extra_mlp.w_out": (D, I)}
             shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
         shapes |= self._norm_shapes("norm")
         if not self.tie_embeddings:
@@ -245,8 +276,8 @@ class ModelConfig:
         """Weights that one token passes through: all but the experts it is not routed to."""
         if self.moe is None:
             return self.num_parameters()
-        expert = (1 + GLU_MATRICES[self.glu]) * self.hidden_size * self.intermediate_size
-        return self.num_parameters() - self.num_layers * (self.moe.num_experts - self.moe.top_k) * expert
+        expert = (self.matrices + 1) * self.hidden_size * self.intermediate_size
+        return self.num_parameters() - self.moe_layers * (self.moe.num_experts - self.moe.top_k) * expert
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes that the keys and values of one position take over all layers."""

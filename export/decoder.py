@@ -14,14 +14,20 @@ from gatework.export import attention_op, cache_op
 from gatework.export.config import ModelConfig
 from gatework.export.positions import attention_mask, query_scale, rope_positions, rope_tables
 from gatework.plugins.moe import torch_op
-from gatework.plugins.moe.spec import GLU_MATRICES, MoEAttributes
+from gatework.plugins.moe.spec import MoEAttributes
 
 
 def moe_attributes(config: ModelConfig) -> MoEAttributes:
     """The operator's settings for this model's feed-forward layers, with dense weights."""
     assert config.moe is not None
-    top_k, renormalize = config.moe.top_k, config.moe.renormalize
-    return MoEAttributes(top_k=top_k, renormalize=renormalize, activation=config.activation, glu=config.glu)
+    return MoEAttributes(
+        top_k=config.moe.top_k,
+        renormalize=config.moe.renormalize,
+        activation=config.activation,
+        glu=config.glu,
+        capacity_factor=config.expert_capacity,
+        min_capacity=config.min_expert_capacity,
+    )
 
 
 def weight(*shape: int) -> nn.Parameter:
@@ -114,24 +120,18 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Dense feed-forward layer: down(act(gate x) * up x), or down(act(up x)) without a gate."""
+    """Dense feed-forward layer: down(act(up x)), down(act(gate x) * up x), or down(a * act(b) * up x) with gate x = a | b."""
 
     def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
-        D, I, bias = config.hidden_size, width, config.bias == "all"
-        self.act, self.gated = torch_op.ACTIVATIONS[config.activation], config.glu == "two_way"
-        rows = GLU_MATRICES[config.glu] * I
-        self.w_in, self.w_out = weight(rows, D), weight(D, I)
+        D, rows, bias = config.hidden_size, config.matrices * width, config.bias == "all"
+        self.activation, self.glu = config.activation, config.glu
+        self.w_in, self.w_out = weight(rows, D), weight(D, width)
         self.b_in = weight(rows) if bias else None
         self.b_out = weight(D) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.linear(x, self.w_in, self.b_in)
-        if self.gated:
-            gate, up = h.chunk(2, dim=-1)
-            h = self.act(gate) * up
-        else:
-            h = self.act(h)
+        h = torch_op.gated(F.linear(x, self.w_in, self.b_in), self.activation, self.glu)
         return F.linear(h, self.w_out, self.b_out)
 
 
@@ -200,22 +200,27 @@ class Layer(nn.Module):
     """Pre-norm block: attention, then the feed-forward layer, each added to the residual stream, normalised again or not.
 
     In a parallel one both read the same norm of the stream as it came in.
+
+    index: the layer's number, which decides whether it has experts.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.attn_norm, self.attn = norm(config), Attention(config)
         self.parallel = config.parallel
         if not config.parallel:
             self.ffn_norm = norm(config)
-        self.ffn = "mlp" if config.moe is None else "moe"  # the name under which its weights go
-        self.add_module(self.ffn, MLP(config, config.intermediate_size) if config.moe is None else MoE(config))
+        self.ffn = "moe" if config.has_experts(index) else "mlp"  # the name under which its weights go
+        self.add_module(self.ffn, MoE(config) if config.has_experts(index) else MLP(config, config.intermediate_size))
         self.attn_post_norm = norm(config) if config.post_norms else nn.Identity()
         self.ffn_post_norm = norm(config) if config.post_norms else nn.Identity()
+        self.has_extra = config.has_extra(index)
+        if self.has_extra:
+            self.extra_norm, self.extra_mlp = norm(config), MLP(config, config.intermediate_size)
 
     def forward(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         middle, k, v = self.attend(x, step, past_k, past_v)
-        return self.feed_forward(middle, x), k, v
+        return self.extra(self.feed_forward(middle, x)), k, v
 
     def attend(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The first half, and the updated cache."""
@@ -223,12 +228,16 @@ class Layer(nn.Module):
         return x + self.attn_post_norm(y), k, v
 
     def feed_forward(self, middle: Tensor, x: Tensor) -> Tensor:
-        """The second half: the stream after the first, and before it."""
+        """The second half, up to the extra MLP; arguments: the stream after the first half, and before it."""
         return middle + self.ffn_post_norm(self.get_submodule(self.ffn)(self.ffn_input(middle, x)))
 
     def ffn_input(self, middle: Tensor, x: Tensor) -> Tensor:
         """What the feed-forward layer reads; arguments as of `feed_forward`."""
         return self.attn_norm(x) if self.parallel else self.ffn_norm(middle)
+
+    def extra(self, x: Tensor) -> Tensor:
+        """The MLP after the experts, in layers that have one."""
+        return x + self.extra_mlp(self.extra_norm(x)) if self.has_extra else x
 
 
 def scaled(x: Tensor, multiplier: float) -> Tensor:
@@ -254,7 +263,7 @@ class Decoder(nn.Module):
         config = config.within(max_seq)
         self.config, self.max_seq, self.all_logits = config, max_seq, all_logits
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm = norm(config)
         if not config.tie_embeddings:
             self.lm_head = Linear(config.vocab_size, config.hidden_size, bias=config.bias == "all")

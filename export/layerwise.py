@@ -21,7 +21,7 @@ from gatework.export.checkpoint import Checkpoint
 from gatework.export.decoder import MLP, Layer, MoE, SharedExpert, Step, moe_attributes, norm, scaled
 from gatework.export.positions import attention_mask, rope_tables
 from gatework.export.reference import load_weights
-from gatework.export.rounding import Format, Rounding
+from gatework.export.rounding import Format, Rounding, error_sizes, stored, total
 from gatework.plugins.moe import torch_op
 
 _DRAWS = 2  # of rounding, per value
@@ -122,7 +122,7 @@ class LayerwiseReference:
         local = self._start(self._tapped) if self._tapped else None
         if local is not None:
             if not self.layers:
-                yield self._compare(engine, None, "embedding", _stored(local.hidden[0]), self._own.hidden[0])
+                yield self._compare(engine, None, "embedding", stored(local.hidden[0]), self._own.hidden[0])
             before = f"layers.{self.layers - 1}.output" if self.layers else "embedding"
             local.hidden = engine.rows(before)[1][None]
         for i in range(self.layers, self.config.num_layers):
@@ -133,7 +133,7 @@ class LayerwiseReference:
 
     def _layer(self, i: int, local: _Run | None, engine: Recorded) -> Iterator[Compared]:
         with torch.device("meta"):
-            layer = Layer(self.config).eval()
+            layer = Layer(self.config, i).eval()
         norms = (
             ("attn_post_norm", "ffn_post_norm") if layer.parallel else ("attn_post_norm", "ffn_norm", "ffn_post_norm")
         )
@@ -141,6 +141,8 @@ class LayerwiseReference:
             load_weights(layer.get_submodule(name), self.checkpoint, f"layers.{i}.{name}.")
         middle = yield from self._attention(i, layer, local, engine)
         yield from self._feed_forward(i, layer, middle, local, engine)
+        if layer.has_extra:
+            yield from self._extra(i, layer, engine, tapped=local is not None)
         if local is not None:
             found, output = engine.rows(f"layers.{i}.output")
             local.hidden = torch.zeros_like(local.hidden)
@@ -179,7 +181,7 @@ class LayerwiseReference:
             engine,
             i,
             "residual",
-            _sum(x[0], layer.attn_post_norm(taps["attention"]), normed=self.config.post_norms),
+            total(x[0], layer.attn_post_norm(taps["attention"]), normed=self.config.post_norms),
             middle[0],
         )
         return middle
@@ -187,14 +189,14 @@ class LayerwiseReference:
     def _feed_forward(
         self, i: int, layer: Layer, middle: Tensor, local: _Run | None, engine: Recorded
     ) -> Iterator[Compared]:
-        """The second half of a layer; moves the own run on."""
+        """The second half of a layer, up to the extra MLP where it has one; moves the own run on."""
         config, prefix = self.config, f"layers.{i}."
         own_x = layer.ffn_input(middle, self._own.hidden)[0]
         residual = read = None
         if local is not None:
             residual = engine.rows(f"{prefix}residual")[1]
             read = layer.ffn_input(residual, local.hidden[0])
-        if config.moe is None:
+        if not config.has_experts(i):
             mlp = layer.get_submodule("mlp")
             load_weights(mlp, self.checkpoint, f"{prefix}mlp.")
             branch = mlp(own_x)
@@ -214,7 +216,7 @@ class LayerwiseReference:
                 branch, want, *off = self._experts(
                     i, [(own_x, own_logits, None), (x, logits, None), *((x, logits, each) for each in roundings)]
                 )
-                noise, bias = _sizes([y - want for y in off])
+                noise, bias = error_sizes([y - want for y in off])
                 got = engine.rows(f"{prefix}experts")[1]
                 yield Compared(i, "experts", rows, got, want, noise, bias, branch[self._places[rows]])
             if moe.shared is not None:
@@ -225,11 +227,27 @@ class LayerwiseReference:
                     yield self._compare(engine, i, "shared", _shared(moe.shared, read), own_shared)
         self._own.hidden = middle + layer.ffn_post_norm(branch[None])
         if residual is not None:
-            found, added = engine.rows(f"{prefix}{'mlp' if config.moe is None else 'experts'}")
-            if config.moe is not None and config.moe.shared_width is not None:
+            found, added = engine.rows(f"{prefix}{'experts' if config.has_experts(i) else 'mlp'}")
+            if config.has_shared(i):
                 added = added + engine.rows(f"{prefix}shared")[1]
-            total = _sum(residual[found], layer.ffn_post_norm(added), normed=config.post_norms)
-            yield self._compare(engine, i, "output", total, self._own.hidden[0], rows=found)
+            added_up = total(residual[found], layer.ffn_post_norm(added), normed=config.post_norms)
+            name = "routed" if layer.has_extra else "output"
+            yield self._compare(engine, i, name, added_up, self._own.hidden[0], rows=found)
+
+    def _extra(self, i: int, layer: Layer, engine: Recorded, *, tapped: bool) -> Iterator[Compared]:
+        """The extra MLP of a layer; moves the own run on."""
+        for name in ("extra_norm", "extra_mlp"):
+            load_weights(layer.get_submodule(name), self.checkpoint, f"layers.{i}.{name}.")
+        branch = layer.extra_mlp(layer.extra_norm(self._own.hidden))
+        self._own.hidden = self._own.hidden + branch
+        if tapped:
+            rows, routed = engine.rows(f"layers.{i}.routed")
+            yield self._compare(
+                engine, i, "extra", lambda _: layer.extra_mlp(layer.extra_norm(routed)), branch[0], rows=rows
+            )
+            found, added = engine.rows(f"layers.{i}.extra")
+            added_up = total(routed[torch.searchsorted(rows, found)], added)
+            yield self._compare(engine, i, "output", added_up, self._own.hidden[0], rows=found)
 
     def _experts(self, i: int, runs: list[tuple[Tensor, Tensor, Rounding | None]]) -> list[Tensor]:
         """The MoE's output [T, D] for each run: tokens [T, D], router logits [T, E], and the rounding of its products."""
@@ -296,19 +314,13 @@ class LayerwiseReference:
         return Compared(layer, tensor, found, got, want, noise, bias, own[self._places[found]])
 
     def _draws(self, work: Callable[[Rounding | None], Tensor], form: Format) -> tuple[Tensor, Tensor, Tensor]:
-        """What `work` returns without rounding, [n, d], and what rounding does to it; see `_sizes`."""
+        """What `work` returns without rounding, [n, d], and what rounding does to it; see `error_sizes`."""
         exact, off = work(None), []
         for _ in range(_DRAWS):
             rounding = Rounding(form, self._generator)
             with rounding:
                 off.append(work(rounding) - exact)
-        return exact, *_sizes(off)
-
-
-def _sizes(errors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Expected norm [n] of draws of an error [n, d], and expected size of its sum over a row [n]."""
-    drawn = torch.stack(errors)
-    return drawn.square().sum(-1).mean(0).sqrt(), drawn.sum(-1).square().mean(0).sqrt()
+        return exact, *error_sizes(off)
 
 
 def _read(layer: Layer, q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:
@@ -329,17 +341,3 @@ def _shared(expert: SharedExpert, x: Tensor) -> Callable[[Rounding | None], Tens
     """What the shared expert adds to rows [n, D]; its router is in floats."""
     share = expert.share(x)
     return lambda _: share * MLP.forward(expert, x)
-
-
-def _stored(rows: Tensor) -> Callable[[Rounding | None], Tensor]:
-    return lambda rounding: rows if rounding is None else rounding.weight(rows)
-
-
-def _sum(x: Tensor, y: Tensor, *, normed: bool = False) -> Callable[[Rounding | None], Tensor]:
-    """x + y; where y was normalised first, its own rounding counts."""
-    spread = y.abs() if normed else torch.zeros(())
-
-    def work(rounding: Rounding | None) -> Tensor:
-        return x + y if rounding is None else rounding.sum_of(x + y, (x + y).abs() + spread)
-
-    return work

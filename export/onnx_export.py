@@ -24,7 +24,7 @@ from gatework.export.taps import name_taps
 from gatework.plugins.moe import onnx_op, torch_op
 
 OPSET = 24
-_TRACED_LAYERS = 2  # the rest are copies of the second
+_TRACED_LAYERS = 2  # the rest are copies of the second, where layers are alike
 STEP_INPUTS = ("input_ids", "position_ids", "write_indices")
 ROPE_TABLES = ("rope_cos", "rope_sin")
 
@@ -41,7 +41,8 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
     `dtype` and shape but holds no data; the rotary tables and scalar constants do hold data.
     """
     torch_dtype, config = getattr(torch, dtype), config.within(max_seq)
-    traced = replace(config, num_layers=min(config.num_layers, _TRACED_LAYERS))
+    alike = config.moe_interval == 1
+    traced = replace(config, num_layers=min(config.num_layers, _TRACED_LAYERS)) if alike else config
     with torch.device("meta"):
         decoder = Decoder(traced, max_seq, all_logits=all_logits).to(torch_dtype).eval()
         for module in decoder.modules():

@@ -8,6 +8,7 @@ scales of least squared error, and sums in blocks, leave less.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,3 +108,24 @@ def _group_steps(values: Tensor, bits: int, group: int) -> Tensor:
     padded = F.pad(values, (0, -K % size)).unflatten(-1, (-1, size))
     steps = padded.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
     return steps.expand_as(padded).flatten(-2)[..., :K]
+
+
+def error_sizes(errors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Expected norm [n] of draws of an error [n, d], and expected size of its sum over a row [n]."""
+    drawn = torch.stack(errors)
+    return drawn.square().sum(-1).mean(0).sqrt(), drawn.sum(-1).square().mean(0).sqrt()
+
+
+def stored(rows: Tensor) -> Callable[[Rounding | None], Tensor]:
+    """Rows of a weight, exact and as they are stored."""
+    return lambda rounding: rows if rounding is None else rounding.weight(rows)
+
+
+def total(x: Tensor, y: Tensor, *, normed: bool = False) -> Callable[[Rounding | None], Tensor]:
+    """x + y, exact and rounded; where y was normalised first, its own rounding counts."""
+    spread = y.abs() if normed else torch.zeros(())
+
+    def work(rounding: Rounding | None) -> Tensor:
+        return x + y if rounding is None else rounding.sum_of(x + y, (x + y).abs() + spread)
+
+    return work

@@ -97,7 +97,7 @@ def _grouped_bytes(name: str, shape: tuple[int, ...], bits: int, group: int, con
         return rows * (columns * bits // 8 + columns // size * 4)
     padding = -config.intermediate_size % size  # an expert's width comes in whole groups
     if name.endswith("moe.w_in"):
-        rows += 2 * padding * shape[0]
+        rows += config.matrices * padding * shape[0]
     elif name.endswith("moe.w_out"):
         columns += padding
     return rows * (columns * bits // 8 + columns // size * _SCALE)

@@ -27,7 +27,9 @@ def balanced_products(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     for i in range(config.num_layers):
         beside = (f"layers.{i}.mlp.w_in",) if config.parallel else ()
         fed[f"layers.{i}.attn_norm.weight"] = (*(f"layers.{i}.attn.{name}.weight" for name in "qkv"), *beside)
-        if config.moe is None and not config.parallel:
+        if config.has_extra(i):
+            fed[f"layers.{i}.extra_norm.weight"] = (f"layers.{i}.extra_mlp.w_in",)
+        if not (config.has_experts(i) or config.parallel):
             fed[f"layers.{i}.ffn_norm.weight"] = (f"layers.{i}.mlp.w_in",)
     return fed | {"norm.weight": ("lm_head.weight",)}
 

@@ -20,7 +20,7 @@ def name_taps(graph: ir.Graph, config: ModelConfig) -> None:
     ):  # by the embedding's multiplier
         embedded = users[0].outputs[0]
     embedded.name = "embedding"
-    shared = config.moe is not None and config.moe.shared_width is not None
+    model = config.to_dict()
     for i in range(config.num_layers):
         project = _product(graph, f"layers.{i}.attn.o.weight")
         attention = _with_bias(project.outputs[0])
@@ -30,7 +30,7 @@ def name_taps(graph: ir.Graph, config: ModelConfig) -> None:
             "attention": attention,
             "residual": residual,
         }
-        if config.moe is None:
+        if not config.has_experts(i):
             branch = _with_bias(_product(graph, f"layers.{i}.mlp.w_out").outputs[0])
             values["mlp"] = branch
         else:
@@ -39,12 +39,15 @@ def name_taps(graph: ir.Graph, config: ModelConfig) -> None:
             values["experts"] = node.outputs[0]
             (reshape,) = node.outputs[0].consumers()
             branch = reshape.outputs[0]
-            if shared:
+            if config.has_shared(i):
                 (total,) = branch.consumers()
                 values["shared"] = next(value for value in total.inputs if value is not branch)
                 branch = total.outputs[0]
+        if config.has_extra(i):
+            values["routed"] = _sum_with(branch)
+            branch = values["extra"] = _product(graph, f"layers.{i}.extra_mlp.w_out").outputs[0]
         values["output"] = _sum_with(branch)
-        for name, tensor in zip(layer_taps(i, config.moe is not None, shared), values, strict=True):
+        for name, tensor in zip(layer_taps(i, model), values, strict=True):
             value = values[tensor]
             assert value is not None
             value.name = name

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Piece:
     """Some rows of one checkpoint tensor.
 
-    The steps apply in this order: take `rows` of axis 0, transpose the two axes, and bring RoPE rows from
-    adjacent pairs (2j, 2j+1) to halves (j, j + Dh/2) for `rope_heads` heads.
+    The steps apply in this order: take `rows` of axis 0, transpose the last two axes (of three, one row is one matrix), and
+    bring RoPE rows from adjacent pairs (2j, 2j+1) to halves (j, j + Dh/2) for `rope_heads` heads.
     """
 
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,19 @@ MANIFEST_FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def layer_taps(layer: int, has_experts: bool, has_shared: bool) -> list[str]:
-    """Values of a layer that every ONNX graph names, in order of computation.
+def layer_taps(layer: int, model: Mapping[str, Any]) -> list[str]:
+    """Values of a layer that every ONNX graph names, in order of computation; model: `ModelConfig.to_dict()`.
 
     `layers.{i}.context`: what the heads read from the cache, before the output projection; `attention`: after it;
     `residual`: the stream with it; `router`: logits, and `experts`, and `shared`, or `mlp`: what the feed-forward part adds;
-    `output`: the stream with that.
+    `routed`: the stream with that, and `extra`: what an MLP after the experts adds; `output`: the stream after all.
     """
-    branches = ("router", "experts", *(("shared",) if has_shared else ())) if has_experts else ("mlp",)
-    names = ("context", "attention", "residual", *branches, "output")
+    moe = model["moe"]
+    branches, extra = ["mlp"], []
+    if moe is not None and (layer + 1) % (model.get("moe_interval") or 1) == 0:
+        branches = ["router", "experts", *(["shared"] if moe.get("shared_width") is not None else [])]
+        extra = ["routed", "extra"] if model.get("extra_mlp") else []
+    names = ("context", "attention", "residual", *branches, *extra, "output")
     return [f"layers.{layer}.{name}" for name in names]
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gatework.export.reference import load_decoder
+from tests.golden.openmoe import weights as openmoe_weights
 
 Made = tuple[dict[str, Any], dict[str, Tensor]]  # config.json, tensors
 GROK1 = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 4}
@@ -26,6 +27,7 @@ class Random:
     """Draws matrices with std 0.15 and norms around 1, so that routing is far from uniform and no error hides."""
 
     def __init__(self, seed: int) -> None:
+        self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
 
     def matrix(self, *shape: int, std: float = 0.15) -> Tensor:
@@ -74,7 +76,13 @@ def grok1(draw: Random, sizes: dict[str, Any]) -> Made:
     return config, tensors
 
 
-ORIGINALS = {"grok1": (grok1, GROK1)}
+def openmoe(draw: Random, sizes: dict[str, Any]) -> Made:
+    """OrionZheng/openmoe-8b."""
+    config, tensors = openmoe_weights.make(draw.seed, **sizes)
+    return config, {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+
+
+ORIGINALS = {"grok1": (grok1, GROK1), "openmoe": (openmoe, {"hidden_size": 64})}
 
 
 def write_original(path: Path, model: str, seed: int, dtype: torch.dtype, sizes: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ def test_plan_for_a100(tmp_path: Path, model: str) -> None:
     engine = build_engine(path, tmp_path / "engine", target="a100", precision="bf16", max_seq=32)
     counts = json.loads((engine / "layers.json").read_text())["counts"]
     config = Checkpoint.open(path).config
-    assert counts["PLUGIN_V3"] == config.num_layers
+    assert counts["PLUGIN_V3"] == config.moe_layers
     assert counts["KV_CACHE_UPDATE"] == 2 * config.num_layers
     assert counts.get("ATTENTION_INPUT", 0) == (0 if config.attn_softcap else config.num_layers)
 

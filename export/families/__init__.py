@@ -15,6 +15,7 @@ from gatework.export.families import (
     mixtral,
     mpt,
     olmoe,
+    openmoe,
     phi,
     qwen,
     qwen2,
@@ -55,17 +56,21 @@ FAMILIES: dict[str, Family] = {
         "qwen2_moe": qwen2_moe,
         "mpt": mpt,
         "grok-1": grok1,
+        "openmoe": openmoe,
     }.items()
 }
-# Configs that leave model_type to their remote code.
-_BY_ARCHITECTURE = dict.fromkeys(grok1.ARCHITECTURES, "grok-1")
+# Configs that leave model_type to their remote code, or name another family there.
+_BY_ARCHITECTURE = dict.fromkeys(grok1.ARCHITECTURES, "grok-1") | dict.fromkeys(openmoe.ARCHITECTURES, "openmoe")
 
 
 def family_of(raw: dict[str, Any]) -> Family:
-    """The family that a `config.json` asks for by its model_type; an unknown one is a GateworkError."""
+    """The family that a `config.json` asks for: by its class, where only one family has that, or by its model_type.
+
+    An unknown one is a GateworkError.
+    """
     model_type = raw.get("model_type")
-    if model_type is None and isinstance(names := raw.get("architectures"), list) and names:
-        model_type = _BY_ARCHITECTURE.get(str(names[0]))
+    if isinstance(names := raw.get("architectures"), list) and names:
+        model_type = _BY_ARCHITECTURE.get(str(names[0]), model_type)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         got = "none" if model_type is None else repr(model_type)
         raise GateworkError("unknown model_type", got=got, expected=f"one of {', '.join(FAMILIES)}")

@@ -20,18 +20,27 @@ def hoist_last_position(model: ir.Model) -> tuple[ir.Model, bool]:
     if add is None or any(_has_capacity(node) for node in model.graph):
         return model, False
     (last,) = slices
+    while (position := _hoist(model.graph, add, last)) is not None:  # past an extra MLP, and past the experts before it
+        add, last = position.inputs[0].producer(), position  # type: ignore[union-attr]
+        assert add is not None
+    return model, True
+
+
+def _hoist(graph: ir.Graph, add: ir.Node, last: ir.Node) -> ir.Node | None:
+    """Move the Slice up past the part whose branch `add` adds; returns the new one if there is more before it."""
     residual, branch = add.inputs
     assert residual is not None
     users = [user for user, _ in residual.uses()]  # the layer's norm, and the sum itself
     norm = next((user for user in users if user is not add), None)
     before = norm if norm is not None else _reader_of_norm(branch)
-    (position,) = Builder(model.graph, before).op("Slice", residual, *last.inputs[1:])
+    (position,) = Builder(graph, before).op("Slice", residual, *last.inputs[1:])
+    position.type = residual.type
     for user in users:
         user.replace_input_with(list(user.inputs).index(residual), position)
     if norm is None:
         x = before.inputs[0]
         assert x is not None and x.dtype is not None
-        (normed,) = Builder(model.graph, before).op("Slice", x, *last.inputs[1:])
+        (normed,) = Builder(graph, before).op("Slice", x, *last.inputs[1:])
         normed.dtype = x.dtype
         before.replace_input_with(0, normed)
     if (post_norm := producer(branch, "RMSNormalization")) is not None:
@@ -40,13 +49,13 @@ def hoist_last_position(model: ir.Model) -> tuple[ir.Model, bool]:
     routed = branch if total is None else total.inputs[0]
     reshape = producer(routed, "Reshape")  # tokens of a MoE [T, D] back to [B, S, D], where S is 1 now
     if reshape is not None:
-        (shape,) = Builder(model.graph, reshape).op("Shape", position)
+        (shape,) = Builder(graph, reshape).op("Shape", position)
         reshape.replace_input_with(1, shape)
     name = add.outputs[0].name  # verification asks for it
     replace(last.outputs[0], add.outputs[0])
     add.outputs[0].name = name
-    model.graph.remove(last)
-    return model, True
+    graph.remove(last)
+    return position.producer() if (residual.name or "").endswith(".routed") else None
 
 
 def _reader_of_norm(branch: ir.Value | None) -> ir.Node:

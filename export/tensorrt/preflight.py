@@ -92,9 +92,12 @@ def _scratch(config: ModelConfig, options: BuildOptions) -> int:
     tokens = max(options.prefill_chunk, options.max_batch)
     widest = max(config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
     total = 4 * tokens * widest * GPU_VALUE + 4 * options.max_batch * config.vocab_size
+    dense = (config.matrices + 1) * tokens * config.intermediate_size * GPU_VALUE
     if config.moe is None:
-        return total + 3 * tokens * config.intermediate_size * GPU_VALUE
+        return total + dense
     sizes, attributes, _ = largest_call(config, options)
+    if config.moe_layers < config.num_layers or config.extra_mlp:
+        total += dense
     return total + layout(sizes, attributes, GPU_VALUE).total
 
 

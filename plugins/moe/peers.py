@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gatework.plugins.moe.spec import MoEAttributes
-from gatework.plugins.moe.torch_op import _expert_activation
+from gatework.plugins.moe.torch_op import gated
 
 LARGEST_FP8 = 448.0
 
@@ -21,7 +21,7 @@ def grouped(x: Tensor, router_logits: Tensor, w_in: Tensor, w_out: Tensor, attri
     chosen, order = ids.flatten().sort()
     offsets = _offsets(chosen, len(w_in))
     u = torch._grouped_mm(x[order // attributes.top_k], w_in.transpose(-2, -1), offs=offsets)
-    h = _expert_activation(u, attributes)
+    h = gated(u, attributes.activation, attributes.glu)
     out = torch._grouped_mm(h, w_out.transpose(-2, -1), offs=offsets)
     return _weighted_sum(out, weights, order, attributes.top_k).to(x.dtype)
 
@@ -48,7 +48,7 @@ def grouped_fp8(
             codes, transposed, a_scale[:, 0], scale[..., 0], offs=offsets, out_dtype=x.dtype, use_fast_accum=True
         )
 
-    h = _expert_activation(product(x[order // attributes.top_k], w_in, w_in_scale), attributes)
+    h = gated(product(x[order // attributes.top_k], w_in, w_in_scale), attributes.activation, attributes.glu)
     out = product(h, w_out, w_out_scale)
     return _weighted_sum(out, weights, order, attributes.top_k).to(x.dtype)
 
@@ -61,7 +61,7 @@ def loop(x: Tensor, router_logits: Tensor, w_in: Tensor, w_out: Tensor, attribut
     parts = []
     for e, tokens in enumerate((order // attributes.top_k).split(counts)):
         if len(tokens):
-            h = _expert_activation(F.linear(x[tokens], w_in[e]), attributes)
+            h = gated(F.linear(x[tokens], w_in[e]), attributes.activation, attributes.glu)
             parts.append(F.linear(h, w_out[e]))
     return _weighted_sum(torch.cat(parts), weights, order, attributes.top_k).to(x.dtype)
 

@@ -15,7 +15,16 @@ from torch.nn import functional as F
 
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.launcher import Call, Launcher
-from gatework.plugins.moe.spec import DOMAIN, INPUTS, OP_TYPE, REQUIRED_INPUTS, VERSION, MoEAttributes, check_shapes
+from gatework.plugins.moe.spec import (
+    DOMAIN,
+    GLU_MATRICES,
+    INPUTS,
+    OP_TYPE,
+    REQUIRED_INPUTS,
+    VERSION,
+    MoEAttributes,
+    check_shapes,
+)
 from gatework.plugins.moe.workspace import layout
 
 STORED = {"fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
@@ -188,21 +197,21 @@ def expert(
     b_out: Tensor | None = None,
 ) -> Tensor:
     """One expert's output [rows, D] in x's dtype: x [rows, D], w_in [G*I, D], w_out [D, I], b_in [G*I], b_out [D]."""
-    h = _expert_activation(F.linear(x, w_in, b_in).float(), attributes).to(x.dtype)
+    h = gated(F.linear(x, w_in, b_in).float(), attributes.activation, attributes.glu).to(x.dtype)
     return F.linear(h, w_out, b_out)
 
 
-def _expert_activation(u: Tensor, attributes: MoEAttributes) -> Tensor:
-    """h [rows, I] from u [rows, G*I]."""
-    activation = ACTIVATIONS[attributes.activation]
-    match u.chunk(attributes.matrices, dim=-1):
+def gated(u: Tensor, activation: str, glu: str) -> Tensor:
+    """h [..., I] from u [..., G*I]; see `MoEAttributes`."""
+    act = ACTIVATIONS[activation]
+    match u.chunk(GLU_MATRICES[glu], dim=-1):
         case [z]:
-            return activation(z)
+            return act(z)
         case [gate, up]:
-            return activation(gate) * up
+            return act(gate) * up
         case [a, b, up]:
-            return a * activation(b) * up
-    raise AssertionError(attributes)
+            return a * act(b) * up
+    raise AssertionError(glu)
 
 
 def _gelu_tanh(z: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def _report(found: Preflight) -> None:
     rows = [
         ("target", options.target, f"{compiler.module} {compiler.version}, {where}"),
         ("precision", options.precision, f"activation ranges: {ranges}"),
-        ("layers", f"{config.num_layers}", f"{config.num_layers if config.moe else 0} MoE plugins"),
+        ("layers", f"{config.num_layers}", f"{config.moe_layers} MoE plugins"),
         ("plan", size(found.plan), "left out: stripped" if options.strip_weights else "dense weights, without kernels"),
         ("experts", size(found.experts), experts if config.moe else "none"),
         ("kernels", f"{found.kernels}", "of the MoE operator, compiled by Triton" if found.kernels else "none"),

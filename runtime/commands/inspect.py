@@ -26,8 +26,9 @@ _EXAMPLES = """
     gatework inspect Mixtral-8x7B-v0.1/params.json --fits 24GiB,80GB
     gatework inspect engines/tiny --json
 """
+_GATES = {"none": "not gated", "two_way": "gated", "three_way": "gates twice as wide, one half times the other"}
 _DEFAULT_SIZES = "16GiB,24GiB,32GiB,48GiB,80GiB,141GB"
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.index.json")
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.index.json", "tensor00000_000", "ckpt-0/tensor00000_000")
 
 
 def add(commands: Commands) -> None:
@@ -72,7 +73,8 @@ def _read_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
     if path.is_dir() and any(True for pattern in _WEIGHT_FILES for _ in path.glob(pattern)):
         checkpoint = Checkpoint.open(path)
-        return checkpoint.config, {"kind": "checkpoint", "stored_bytes": checkpoint.nbytes}
+        stored = {"stored_as": checkpoint.stored_as, "stored_bytes": checkpoint.stored_bytes}
+        return checkpoint.config, {"kind": "checkpoint", **stored}
     return read_config(path), {"kind": "config"}
 
 
@@ -114,7 +116,7 @@ def _text(path: Path, config: ModelConfig, facts: dict[str, Any]) -> str:
     if "engine" in facts:
         sections.append(table(_engine_rows(config, facts["engine"]), "<<"))
     if "stored_bytes" in facts:
-        sections.append(f"stored as {config.dtype}, {facts['stored_bytes']:,} bytes")
+        sections.append(f"stored as {facts['stored_as']}, {facts['stored_bytes']:,} bytes")
     sections.append(_kv_text(facts))
     sections.append(_memory_text(facts))
     return "\n\n".join(sections)
@@ -151,8 +153,14 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
         rows.append(("biases", "of every product and norm" if config.bias == "all" else "of q, k and v"))
     if config.parallel:
         rows.append(("layers", "attention and feed-forward side by side"))
+    if config.moe is not None and config.moe_layers < config.num_layers:
+        rows.append(("layers with experts", f"{config.moe_layers}, one in {config.moe_interval}"))
+    if config.extra_mlp:
+        rows.append(("after the experts", "a dense MLP"))
     if (config.activation, config.glu) != ("silu", "two_way"):
-        rows.append(("activation", f"{config.activation}, {'not gated' if config.glu == 'none' else 'gated'}"))
+        rows.append(("activation", f"{config.activation}, {_GATES[config.glu]}"))
+    if config.attn_scale is not None:
+        rows.append(("attention scale", f"{config.attn_scale:g}"))
     if config.attn_softcap is not None:
         rows.append(("attention logits", f"capped to ±{config.attn_softcap:g}"))
     if config.post_norms:

@@ -21,9 +21,7 @@ _KINDS = {"k": "key", "v": "value"}
 
 def tap_names(model: dict[str, Any]) -> list[str]:
     """Values of an engine's graph to record, in order of computation; model: `ModelConfig.to_dict()`."""
-    moe = model["moe"]
-    shared = moe is not None and moe.get("shared_width") is not None
-    layers = (layer_taps(i, moe is not None, shared) for i in range(model["num_layers"]))
+    layers = (layer_taps(i, model) for i in range(model["num_layers"]))
     return ["embedding", *(name for names in layers for name in names)]
 
 

@@ -21,9 +21,11 @@ from gatework.export.checkpoint import Checkpoint, read_config
 from gatework.export.families import FAMILIES
 from gatework.export.stored import StoredTensor
 from gatework.plugins.errors import GateworkError
+from tests import sparse_ckpt
 from tests.checkpoints import TABLE, make_checkpoint, odd_sizes, reference_model
 from tests.formats import convert, formats_of
 from tests.golden.grok1 import weights as grok1
+from tests.golden.openmoe import weights as openmoe
 
 Edit = Callable[[dict[str, Tensor]], object]
 
@@ -132,6 +134,47 @@ def test_both_layouts_of_grok_1(tmp_path: Path) -> None:
     assert checkpoint.config == ckpt.config
     for name in ckpt.weights:
         assert torch.equal(checkpoint.read(name), ckpt.read(name)), name
+
+
+def test_true_shapes_of_ckpt_0(tmp_path: Path) -> None:
+    """770 files of the released sizes, with no config: only what describes the arrays is read."""
+    numpy_2 = np.__version__ >= "2"  # spells a module's name with one more letter
+    for kind, path in sparse_ckpt.write_sparse_ckpt(tmp_path).items():
+        assert path.stat().st_size == sparse_ckpt.KINDS[kind][2] + numpy_2, kind
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.config.num_parameters() == 315_684_820_992
+    assert len(checkpoint.source.tensors) == 770
+    assert checkpoint.stored_as == "int8 with scales"
+    assert checkpoint.stored_bytes == pytest.approx(318.2e9, rel=1e-3)
+    assert torch.equal(checkpoint.read("layers.63.attn.k.weight"), torch.zeros(1024, 6144))
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "bin"])
+def test_weights_of_openmoe(tmp_path: Path, file_format: str) -> None:
+    """Both halves of the gate before up; experts turned, dense matrices not."""
+    config, arrays = openmoe.make()
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if file_format == "bin":
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    routed, dense = "model.layers.1.mlp", "model.layers.0.mlp"
+    gate_up = [tensors[f"{routed}.experts.{name}"].transpose(1, 2) for name in ("wi_gate", "wi_up")]
+    expected = {
+        "layers.0.mlp.w_in": torch.cat([tensors[f"{dense}.{name}_proj.weight"] for name in ("gate", "up")]),
+        "layers.0.mlp.w_out": tensors[f"{dense}.down_proj.weight"],
+        "layers.1.moe.router.weight": tensors[f"{routed}.gate_weight"],
+        "layers.1.moe.w_in": torch.cat(gate_up, dim=1),
+        "layers.1.moe.w_out": tensors[f"{routed}.experts.wo"].transpose(1, 2),
+        "layers.1.extra_norm.weight": tensors["model.layers.1.pre_extra_mlp_layernorm.weight"],
+        "layers.1.extra_mlp.w_out": tensors["model.layers.1.extra_mlp.down_proj.weight"],
+    }
+    for name, tensor in expected.items():
+        assert torch.equal(checkpoint.read(name), tensor), name
+        parts = torch.cat([part.flatten() for part in checkpoint.parts(name, max_bytes=4096)])
+        assert torch.equal(parts, tensor.flatten()), name
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["beside", "inside"])

@@ -53,11 +53,18 @@ ROUTED = replace(DENSE, moe=MoEConfig(num_experts=5, top_k=3), eos_token_ids=(2,
         ({"alibi_bias_max": 8.0, "ntk_length": 2048}, "exclude each other"),
         ({"bias": "o"}, "bias"),
         ({"activation": "tanh"}, "activation"),
-        ({"glu": "three_way"}, "glu"),
+        ({"glu": "three_way", "parallel": True}, "glu"),
+        ({"glu": "three_way", "bias": "all"}, "glu"),
         ({"glu": "one"}, "glu"),
         ({"bias": "all", "moe": MoEConfig(num_experts=4, top_k=2)}, "biases of all products"),
         ({"parallel": True, "moe": MoEConfig(num_experts=4, top_k=2)}, "parallel"),
         ({"bias": "all", "tie_embeddings": True}, "head"),
+        ({"attn_softcap": 0.0}, "attn_softcap"),
+        ({"attn_scale": -1.0}, "attn_scale"),
+        ({"embed_multiplier": math.nan}, "embed_multiplier"),
+        ({"logit_multiplier": None}, "logit_multiplier"),
+        ({"moe_interval": 0}, "moe_interval"),
+        ({"moe_interval": 3, "moe": MoEConfig(num_experts=4, top_k=2)}, "moe_interval"),
     ],
 )
 def test_impossible_value_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
@@ -123,6 +130,18 @@ def test_norms_of_q_and_k(qk_norm: Any, q: int, k: int) -> None:
     shapes = replace(DENSE, qk_norm=qk_norm).tensor_shapes()
     assert (shapes["layers.1.attn.q_norm.weight"], shapes["layers.1.attn.k_norm.weight"]) == ((q,), (k,))
     assert replace(DENSE, qk_norm=qk_norm).num_parameters() == DENSE.num_parameters() + 2 * (q + k)
+
+
+def test_layers_without_experts() -> None:
+    """Experts in the last of each three layers, followed by an MLP of its own; gates twice as wide."""
+    config = replace(ROUTED, num_layers=6, moe_interval=3, extra_mlp=True, glu="three_way")
+    shapes = config.tensor_shapes()
+    assert [i for i in range(6) if f"layers.{i}.moe.w_in" in shapes] == [2, 5]
+    assert shapes["layers.2.moe.w_in"] == (5, 3 * 96, 64)
+    assert shapes["layers.1.mlp.w_in"] == shapes["layers.2.extra_mlp.w_in"] == (3 * 96, 64)
+    assert "layers.1.extra_norm.weight" not in shapes
+    assert config.moe_layers == 2
+    assert config.num_parameters() - config.num_active_parameters() == 2 * 2 * 4 * 96 * 64  # idle ones
 
 
 def test_description_from_before_a_field_was_there() -> None:

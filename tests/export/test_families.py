@@ -267,6 +267,49 @@ GROK_1 = {
     "transformers_version": "4.35.0",
 }
 
+OPENMOE = {
+    "architectures": ["OpenMoeForCausalLM"],
+    "attention_bias": False,
+    "auto_map": {"AutoModelForCausalLM": "modeling_openmoe.OpenMoeForCausalLM"},
+    "bos_token_id": 0,
+    "dropout_rate": 0.0,
+    "enable_kernel": False,
+    "enable_load_balance": False,
+    "eos_token_id": 1,
+    "expert_parallel": None,
+    "head_dim": 128,
+    "hidden_act": "swiglu",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "layer_norm_epsilon": 1e-06,
+    "max_position_embeddings": 2048,
+    "mlp_gated": True,
+    "model_type": "llama",
+    "moe_layer_interval": 6,
+    "num_attention_heads": 24,
+    "num_experts": 32,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 24,
+    "pad_token_id": 0,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "router_capacity_factor_eval": 2.0,
+    "router_drop_tks": True,
+    "router_min_capacity": 4,
+    "router_noisy_policy": None,
+    "router_topk": 2,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "use_cache": True,
+    "vocab_size": 256384,
+}
+OPENMOE_BASE = OPENMOE | {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "head_dim": 64}
+OPENMOE_BASE |= {"num_key_value_heads": 12, "intermediate_size": 2048, "num_experts": 16, "moe_layer_interval": 4}
+OPENMOE_34B = OPENMOE | {"hidden_size": 3072, "num_hidden_layers": 32, "intermediate_size": 12288}
+OPENMOE_34B |= {"moe_layer_interval": 4}
+
 # name -> config, parameters, active parameters, bytes of keys and values per token in fp16
 PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "llama-7b": (llama(4096, 32, 32, 11008, rms_norm_eps=1e-6), 6_738_415_616, 6_738_415_616, 524_288),
@@ -296,6 +339,9 @@ PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "phi-1.5": (PHI, 1_418_270_720, 1_418_270_720, 196_608),
     "phi-2": (PHI_2, 2_779_683_840, 2_779_683_840, 327_680),
     "grok-1": (GROK_1, 315_684_820_992, 83_756_587_008, 262_144),
+    "openmoe-base": (OPENMOE_BASE, 799_663_104, 535_421_952, 36_864),
+    "openmoe-8b": (OPENMOE, 11_855_046_656, 3_801_982_976, 294_912),
+    "openmoe-34b": (OPENMOE_34B, 46_270_737_408, 10_031_950_848, 393_216),
 }
 
 # The params.json of Mixtral's first release, as it was passed around, to the letter.
@@ -496,6 +542,16 @@ def test_grok_1() -> None:
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_openmoe() -> None:
+    """By its class, although its configs call it "llama"."""
+    config = read(OPENMOE)
+    assert (config.family, config.attn_scale, config.glu, config.extra_mlp) == ("openmoe", 1.0, "three_way", True)
+    assert [i for i in range(24) if config.has_experts(i)] == [5, 11, 17, 23]
+    assert config.moe is not None
+    assert (config.moe.top_k, config.moe.renormalize) == (2, False)
+    assert read(without(OPENMOE, "router_topk")) == config
+
+
 def test_files_of_grok_1_are_sorted_by_name() -> None:
     names = grok1.tensor_names(64)
     assert len(names) == 770
@@ -540,7 +596,7 @@ UNSUPPORTED: dict[str, tuple[Raw, str]] = {
     "activation": (llama(64, 2, 4, 96, hidden_act="gelu"), "hidden_act"),
     "quantised": (MIXTRAL | {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
     "dtype": (MIXTRAL | {"torch_dtype": "float8_e4m3fn"}, "torch_dtype"),
-    "another class": (llama(64, 2, 4, 96, architectures=["OpenMoeForCausalLM"]), "architectures"),
+    "another class": (llama(64, 2, 4, 96, architectures=["XverseForCausalLM"]), "architectures"),
     "mixed layers": (MISTRAL | {"layer_types": ["full_attention", "sliding_attention"] * 16}, "layer_types"),
     "p-norm": (DBRX | {"ffn_config": DBRX["ffn_config"] | {"moe_normalize_expert_weights": 2}}, "moe_normalize"),
     "dbrx gelu": (DBRX | {"ffn_config": DBRX["ffn_config"] | {"ffn_act_fn": {"name": "gelu"}}}, "ffn_act_fn.name"),
@@ -599,6 +655,12 @@ UNSUPPORTED: dict[str, tuple[Raw, str]] = {
     "phi tied": (PHI | {"tie_word_embeddings": True}, "head with a bias"),
     "phi scaled": (PHI | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type"),
     "phi epsilon": (PHI | {"layer_norm_eps": "small"}, "layer_norm_eps"),
+    "openmoe activation": (OPENMOE | {"hidden_act": "silu"}, "hidden_act"),
+    "openmoe ungated": (OPENMOE | {"mlp_gated": False}, "mlp_gated"),
+    "openmoe interval": (OPENMOE | {"moe_layer_interval": 25}, "moe_interval leaves no layer"),
+    "openmoe zero interval": (OPENMOE | {"moe_layer_interval": 0}, "moe_interval"),
+    "openmoe experts": (without(OPENMOE, "num_experts"), "num_experts"),
+    "openmoe native": (OPENMOE | {"model_type": "openmoe", "architectures": ["HFOpenMoeForCausalLM"]}, "architectures"),
     "grok untied": (GROK_1 | {"tie_word_embeddings": False}, "tie_word_embeddings"),
     "grok quantised": (GROK_1 | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     "grok activation": (GROK_1 | {"hidden_act": "silu"}, "hidden_act"),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
+from gatework.export.checkpoint import Checkpoint
 from gatework.export.reference import load_decoder
 from tests.export.test_decoder import assert_close, run
 from tests.golden.grok1 import weights as grok1
+from tests.golden.openmoe import weights as openmoe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -22,10 +27,15 @@ def golden(name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def make(name: str, folder: Path) -> Path:
-    return grok1.write_ckpt(folder / name, grok1.tensors())
+    if name == "grok1":
+        return grok1.write_ckpt(folder / name, grok1.tensors())
+    config, tensors = openmoe.make()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
-@pytest.mark.parametrize("name", ["grok1"])
+@pytest.mark.parametrize("name", ["grok1", "openmoe"])
 @torch.inference_mode()
 def test_equals_the_original(tmp_path: Path, name: str) -> None:
     """Prefill of a ragged batch, then cached decode of rows at different positions."""
@@ -42,3 +52,17 @@ def test_equals_the_original(tmp_path: Path, name: str) -> None:
         assert_close(logits[1, 0], want_short[at[1]], f"decode at {at[1]}")
     whole, *_ = run(decoder, long[None], [0], decoder.empty_cache(1))
     assert_close(whole[0], want, "prefill at once")
+
+
+@torch.inference_mode()
+def test_openmoe_drops_as_the_port_does(tmp_path: Path) -> None:
+    """With the released capacity, in one step of 24 tokens: some experts are full."""
+    (tokens, kept), _ = golden("openmoe")
+    with np.load(GOLDEN / "openmoe" / "logits.npz") as file:
+        want = torch.from_numpy(file["dropped_0"])
+    assert (want - kept).abs().max() > 0.02 * kept.abs().max()
+    checkpoint = Checkpoint.open(make("openmoe", tmp_path))
+    config = replace(checkpoint.config, expert_capacity=2.0, min_expert_capacity=4)
+    decoder = load_decoder(replace(checkpoint, config=config), max_seq=32, all_logits=True)
+    logits, *_ = run(decoder, tokens[None], [0], decoder.empty_cache(1))
+    assert_close(logits[0], want, "prefill at once")

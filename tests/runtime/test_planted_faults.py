@@ -66,6 +66,11 @@ def on_tensors(name: str, change: Callable[[Tensor], Tensor]) -> Callable[..., o
     return plant
 
 
+def other_half(w: Tensor) -> Tensor:
+    """Halves of the last axis exchanged."""
+    return torch.cat(w.chunk(2, dim=-1)[::-1], dim=-1)
+
+
 def swapped(one: str, other: str) -> Callable[..., object]:
     """Exchange the tensors whose names contain `one` with those of `other`."""
 
@@ -231,6 +236,14 @@ FAULTS: dict[str, Fault] = {
     "slopes of another maximum": Fault("mpt-clip", "checkpoint", lambda config, _: config["attn_config"].update(alibi_bias_max=7), 0, "context"),
     "half of what should rotate": Fault("phi", "checkpoint", lambda config, _: config["rope_parameters"].update(partial_rotary_factor=0.25), 0, "key"),
     "bias of the MLP left out": Fault("phi", "checkpoint", on_tensors("layers.2.mlp.fc2.bias", torch.zeros_like), 2, "mlp"),
+    "another soft cap": Fault("grok1", "checkpoint", in_config(max_attn_value=5.1), 0, "context"),
+    "embedding's multiplier": Fault("grok1", "checkpoint", in_config(embedding_multiplier_scale=8.08), None, "embedding", "scaled by 0.99"),
+    "logits' multiplier": Fault("grok1", "checkpoint", in_config(output_multiplier_scale=0.6), None, "logits", "scaled by 0.96"),
+    "norm after attention left out": Fault("grok1", "checkpoint", on_tensors("layers.1.post_attn_norm", torch.ones_like), 1, "residual"),
+    "norm after experts left out": Fault("grok1", "checkpoint", on_tensors("layers.1.post_moe_norm", torch.ones_like), 1, "output"),
+    "halves of the experts' gates exchanged": Fault("openmoe", "checkpoint", on_tensors("wi_gate", other_half), 1, "experts"),
+    "norm of the extra MLP left out": Fault("openmoe", "checkpoint", on_tensors("pre_extra_mlp", torch.ones_like), 1, "extra"),
+    "extra MLP left out": Fault("openmoe", "checkpoint", on_tensors("extra_mlp.down", torch.zeros_like), 1, "extra"),
     # graph
     "MLP behind attention": Fault("phi", "graph", reads("layers.1.output", 0, "layers.1.attention"), 1, "output"),
     "attention scale": Fault("llama2", "graph", attribute("layers.1.context", scale=0.26), 1, "context"),

@@ -96,20 +96,25 @@ def tensors(seed: int = SEED, layers: int = LAYERS) -> dict[tuple[str, str], Ten
     return found
 
 
+def dumps(tensor: Tensor) -> bytes:
+    """As the release pickled it: the class was the script's own."""
+    main, name = sys.modules["__main__"], QuantizedWeight8bit.__qualname__
+    before, module = getattr(main, name, None), QuantizedWeight8bit.__module__
+    setattr(main, name, QuantizedWeight8bit)
+    QuantizedWeight8bit.__module__ = "__main__"
+    try:
+        return pickle.dumps(tensor, protocol=4)
+    finally:
+        QuantizedWeight8bit.__module__ = module
+        delattr(main, name) if before is None else setattr(main, name, before)
+
+
 def write_ckpt(folder: Path, parameters: dict[tuple[str, str], Tensor], config: dict[str, Any] | None = CONFIG) -> Path:
     """Write `ckpt-0` into the folder, and a config.json beside it; returns the folder."""
     files = folder / "ckpt-0"
     files.mkdir(parents=True)
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config, indent=1))
-    main, name = sys.modules["__main__"], QuantizedWeight8bit.__qualname__
-    before, module = getattr(main, name, None), QuantizedWeight8bit.__module__
-    setattr(main, name, QuantizedWeight8bit)  # the release's class was the script's own
-    QuantizedWeight8bit.__module__ = "__main__"
-    try:
-        for i, tensor in enumerate(parameters.values()):
-            (files / f"tensor{i:05d}_000").write_bytes(pickle.dumps(tensor, protocol=4))
-    finally:
-        QuantizedWeight8bit.__module__ = module
-        delattr(main, name) if before is None else setattr(main, name, before)
+    for i, tensor in enumerate(parameters.values()):
+        (files / f"tensor{i:05d}_000").write_bytes(dumps(tensor))
     return folder

@@ -1,0 +1,90 @@
+"""OpenMoE: T5-style attention without a scale, three-way gates, and experts in every n-th layer, with a dense MLP after them.
+
+The layout is that of OrionZheng's repositories, whose configs call the model "llama". No token is dropped. The published code
+drops those beyond an expert's capacity, so that a token's result depends on its company in the batch; the reference decoder
+does the same with `expert_capacity` 2 and `min_expert_capacity` 4 in its ModelConfig, and no engine does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from gatework.export.config import ModelConfig, MoEConfig
+from gatework.export.families import hf, layouts
+from gatework.export.families.fields import Fields
+from gatework.export.weights import Piece, Weight, WeightMap
+
+ARCHITECTURES = ("OpenMoeForCausalLM",)
+DEFAULTS = hf.Defaults(
+    architectures=ARCHITECTURES,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    max_position_embeddings=2048,
+    num_kv_heads=None,
+)
+
+
+def read_config(raw: dict[str, Any]) -> ModelConfig:
+    """ModelConfig of a Hugging Face `config.json` whose architecture is OpenMoeForCausalLM.
+
+    Raises GateworkError naming the field that is missing, wrong, or asks for a feature that Gatework does not have.
+    """
+    fields = Fields(raw)
+    fields.refuse_unless("hidden_act", "swiglu")
+    fields.refuse_unless("mlp_gated", True)
+    fields.refuse_unless("sliding_window")
+    moe = MoEConfig(
+        num_experts=fields.integer("num_experts"), top_k=fields.integer("router_topk", 2), renormalize=False
+    )
+    config = hf.read_config("openmoe", Fields(raw | {"hidden_act": None}), DEFAULTS, moe)
+    return replace(
+        config, attn_scale=1.0, glu="three_way", moe_interval=fields.integer("moe_layer_interval"), extra_mlp=True
+    )
+
+
+def weight_map(config: ModelConfig) -> WeightMap:
+    """Where the checkpoint keeps every canonical weight: dense matrices (out, in), those of experts stacked and (in, out)."""
+    shapes = config.tensor_shapes()
+    names = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+    if not config.tie_embeddings:
+        names["lm_head.weight"] = "lm_head.weight"
+    weights: WeightMap = {}
+    for i in range(config.num_layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        names[f"{ours}.attn_norm.weight"] = f"{theirs}.input_layernorm.weight"
+        names |= {f"{ours}.attn.{part}.weight": f"{theirs}.self_attn.{part}_proj.weight" for part in "qkvo"}
+        names[f"{ours}.ffn_norm.weight"] = f"{theirs}.post_attention_layernorm.weight"
+        if not config.has_experts(i):
+            weights |= _mlp(config, f"{ours}.mlp", f"{theirs}.mlp")
+            continue
+        names[f"{ours}.moe.router.weight"] = f"{theirs}.mlp.gate_weight"
+        names[f"{ours}.extra_norm.weight"] = f"{theirs}.pre_extra_mlp_layernorm.weight"
+        weights |= _experts(config, f"{ours}.moe", f"{theirs}.mlp.experts")
+        weights |= _mlp(config, f"{ours}.extra_mlp", f"{theirs}.extra_mlp")
+    return weights | {ours: layouts.whole(shapes[ours], theirs) for ours, theirs in names.items()}
+
+
+def _mlp(config: ModelConfig, ours: str, theirs: str) -> WeightMap:
+    """Dense feed-forward weights: both halves of the gate [2I, D], up [I, D], down [D, I]."""
+    D, I = config.hidden_size, config.intermediate_size
+    gate, up = f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight"
+    w_in = (Piece(name=gate, shape=(2 * I, D)), Piece(name=up, shape=(I, D)))
+    return {
+        f"{ours}.w_in": Weight((3 * I, D), w_in),
+        f"{ours}.w_out": layouts.whole((D, I), f"{theirs}.down_proj.weight"),
+    }
+
+
+def _experts(config: ModelConfig, ours: str, theirs: str) -> WeightMap:
+    """All experts of a layer: gates [E, D, 2I], up [E, D, I], down [E, I, D]."""
+    assert config.moe is not None
+    E, D, I = config.moe.num_experts, config.hidden_size, config.intermediate_size
+
+    def expert(part: str, e: int, rows: int, columns: int) -> Piece:
+        return Piece(name=f"{theirs}.{part}", shape=(E, rows, columns), rows=(e, e + 1), transpose=True)
+
+    gate_up = {"wi_gate": 2 * I, "wi_up": I}
+    w_in = tuple(expert(part, e, D, width) for e in range(E) for part, width in gate_up.items())
+    w_out = tuple(expert("wo", e, I, D) for e in range(E))
+    return {f"{ours}.w_in": Weight((E, 3 * I, D), w_in), f"{ours}.w_out": Weight((E, D, I), w_out)}
