@@ -142,7 +142,7 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
         ("vocabulary", f"{config.vocab_size:,}{', tied embeddings' if config.tie_embeddings else ''}"),
         ("context", f"{config.max_position_embeddings:,} tokens"),
         ("sliding window", "none" if config.sliding_window is None else f"{config.sliding_window:,} tokens"),
-        ("positions", f"rotary, base {config.rope_theta:,.10g}" if config.rotary_dim else "ALiBi"),
+        ("rotary base", f"{config.rope_theta:,.10g}" if config.rotary_dim else "none, ALiBi"),
         ("norm", f"{'RMSNorm' if config.norm == 'rms' else 'LayerNorm'}, epsilon {config.norm_eps:g}"),
     ]
     if config.qk_norm is not None:

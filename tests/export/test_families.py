@@ -359,6 +359,10 @@ def with_attention(**options: Any) -> Raw:
     return MPT | {"attn_config": MPT["attn_config"] | options}
 
 
+def read_attention(options: Raw) -> ModelConfig:
+    return read(with_attention(**options))
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name: str) -> None:
     raw, total, active, kv_bytes = PUBLISHED[name]
@@ -784,10 +788,16 @@ def test_params_weight_map_covers_every_weight(raw: Raw, stacked: bool) -> None:
     assert {ours: weight.shape for ours, weight in weights.items()} == config.tensor_shapes()
 
 
-@pytest.mark.parametrize("read_one", [read, params_json.read_config], ids=["config.json", "params.json"])
-def test_no_field_value_breaks_the_reader(read_one: Callable[[Raw], ModelConfig]) -> None:
+@pytest.mark.parametrize(
+    ("read_one", "raw"),
+    [(read, raw) for raw in (MIXTRAL, PHI, MPT, MPT["attn_config"], QWEN, QWEN2_MOE)]
+    + [(params_json.read_config, json.loads(MIXTRAL_PARAMS))],
+    ids=["mixtral", "phi", "mpt", "mpt attention", "qwen", "qwen2_moe", "params.json"],
+)
+def test_no_field_value_breaks_the_reader(read_one: Callable[[Raw], ModelConfig], raw: Raw) -> None:
     """Every field in turn holds something absurd: the reader returns or raises GateworkError, and nothing else."""
-    raw = MIXTRAL if read_one is read else json.loads(MIXTRAL_PARAMS)
+    if "alibi" in raw:
+        read_one = read_attention
     absurd = [None, True, -1, 0, 10**30, 1e300, math.nan, math.inf, "", "x", [], [[]], {}, {"a": []}]
     refused = 0
     for name in raw:

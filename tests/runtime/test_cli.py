@@ -263,7 +263,8 @@ def test_inspect_params_json(tmp_path: Path, run: Run) -> None:
     assert run("inspect", tmp_path).splitlines()[1:] == out.splitlines()[1:]
     facts = json.loads(run("inspect", tmp_path / "params.json", "--json", "--fits", "93 GB,94GB,1TiB"))
     assert facts["num_parameters"] == 46_702_792_704
-    assert facts["model"]["moe"] == {"num_experts": 8, "top_k": 2, "renormalize": True}
+    moe = {"num_experts": 8, "top_k": 2, "renormalize": True, "shared_width": None}
+    assert facts["model"]["moe"] == moe
     assert facts["weight_bytes"]["bf16"] == 93_405_585_408
     assert facts["kv_bytes_per_token"] == {"fp32": 262_144, "bf16": 131_072}
     assert facts["kv_bytes_at_context"]["bf16"] == 131_072 * 32_768
