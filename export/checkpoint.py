@@ -16,7 +16,7 @@ from torch import Tensor
 from gatework.export import ckpt
 from gatework.export import folder as folders
 from gatework.export.config import Dtype, ModelConfig
-from gatework.export.families import FAMILIES, family_of, grok1, params_json
+from gatework.export.families import FAMILIES, family_of, grok1, openmoe, params_json
 from gatework.export.families.fields import Fields
 from gatework.export.sources import Source, find_source
 from gatework.export.stored import TORCH_DTYPES, Stored
@@ -104,6 +104,9 @@ class Checkpoint:
         if source.layout == "hf":
             config = read_hf_config(path)
             weights = FAMILIES[config.family].weight_map(config)
+        elif source.layout == "t5x":
+            config = read_hf_config(path)
+            weights = openmoe.t5x_weight_map(config)
         elif source.layout == "ckpt":
             raw = None if source.config is None else folders.read_json(source.config)
             config = grok1.ckpt_config(raw, list(source.tensors))
