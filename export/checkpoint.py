@@ -156,12 +156,15 @@ class Checkpoint:
     def parts(self, name: str, *, max_bytes: int = PART_BYTES) -> Iterator[Tensor]:
         """A canonical weight in pieces along axis 0, in order, so that memory stays bounded by one of them.
 
-        Experts come one by one as [out, in]; other weights in multiples of 16 rows, as many as `max_bytes` hold.
+        Experts come one by one as [out, in], a weight that is stored (in, out) as a whole, and other weights in multiples of 16
+        rows, as many as `max_bytes` hold.
         """
         weight = self.weights[name]
         total = count_rows(weight)
         if len(weight.shape) == 3:
             step = weight.shape[1]
+        elif any(piece.transpose for piece in weight.pieces):  # whose rows take reading all of it
+            step = total
         else:
             row = math.prod(weight.shape[1:]) * self.dtype(name).itemsize
             step = max(1, max_bytes // row // BLOCK_ROWS) * BLOCK_ROWS
