@@ -16,7 +16,7 @@ from torch import Tensor
 from gatework.export import ckpt
 from gatework.export import folder as folders
 from gatework.export.config import Dtype, ModelConfig
-from gatework.export.families import FAMILIES, family_of, grok1, params_json
+from gatework.export.families import FAMILIES, family_of, grok1, openmoe, params_json
 from gatework.export.families.fields import Fields
 from gatework.export.sources import Source, find_source
 from gatework.export.stored import TORCH_DTYPES, Stored
@@ -104,6 +104,9 @@ class Checkpoint:
         if source.layout == "hf":
             config = read_hf_config(path)
             weights = FAMILIES[config.family].weight_map(config)
+        elif source.layout == "t5x":
+            config = read_hf_config(path)
+            weights = openmoe.t5x_weight_map(config)
         elif source.layout == "ckpt":
             raw = None if source.config is None else folders.read_json(source.config)
             config = grok1.ckpt_config(raw, list(source.tensors))
@@ -153,12 +156,15 @@ class Checkpoint:
     def parts(self, name: str, *, max_bytes: int = PART_BYTES) -> Iterator[Tensor]:
         """A canonical weight in pieces along axis 0, in order, so that memory stays bounded by one of them.
 
-        Experts come one by one as [out, in]; other weights in multiples of 16 rows, as many as `max_bytes` hold.
+        Experts come one by one as [out, in], a weight that is stored (in, out) as a whole, and other weights in multiples of 16
+        rows, as many as `max_bytes` hold.
         """
         weight = self.weights[name]
         total = count_rows(weight)
         if len(weight.shape) == 3:
             step = weight.shape[1]
+        elif any(piece.transpose for piece in weight.pieces):  # whose rows take reading all of it
+            step = total
         else:
             row = math.prod(weight.shape[1:]) * self.dtype(name).itemsize
             step = max(1, max_bytes // row // BLOCK_ROWS) * BLOCK_ROWS

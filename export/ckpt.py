@@ -70,7 +70,7 @@ def read_ckpt(folder: Path) -> dict[Path, dict[str, StoredTensor | ScaledTensor]
     home = folder / prefix
     count = sum(re.fullmatch(r"tensor\d{5}_000", path.name, re.ASCII) is not None for path in home.iterdir())
     layers, rest = divmod(count - 2, 12)
-    if rest or not layers >= 1 or count > MAX_FILES:
+    if rest or layers < 1 or count > MAX_FILES:
         expected = "2 files, and 12 for every layer: 770 in xAI's release"
         raise GateworkError(f"{home} is not whole", got=f"{count} files", expected=expected, fix="download all of them")
     files: dict[Path, dict[str, StoredTensor | ScaledTensor]] = {}

@@ -245,9 +245,8 @@ class LayerwiseReference:
             yield self._compare(
                 engine, i, "extra", lambda _: layer.extra_mlp(layer.extra_norm(routed)), branch[0], rows=rows
             )
-            found, added = engine.rows(f"layers.{i}.extra")
-            added_up = total(routed[torch.searchsorted(rows, found)], added)
-            yield self._compare(engine, i, "output", added_up, self._own.hidden[0], rows=found)
+            added = engine.rows(f"layers.{i}.extra")[1]
+            yield self._compare(engine, i, "output", total(routed, added), self._own.hidden[0], rows=rows)
 
     def _experts(self, i: int, runs: list[tuple[Tensor, Tensor, Rounding | None]]) -> list[Tensor]:
         """The MoE's output [T, D] for each run: tokens [T, D], router logits [T, E], and the rounding of its products."""

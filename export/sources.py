@@ -12,14 +12,16 @@ from gatework.export import ckpt
 from gatework.export import folder as folders
 from gatework.export.readers import DOWNLOAD, read_safetensors, read_torch
 from gatework.export.stored import Stored, StoredTensor, merge
+from gatework.export.zarr import HEADER, ZarrArray, read_zarr
 from gatework.plugins.errors import GateworkError
 
-Layout = Literal["hf", "consolidated", "ckpt"]
+Layout = Literal["hf", "consolidated", "ckpt", "t5x"]
 FileTensors = dict[Path, dict[str, StoredTensor]]
 
 # Model-parallel shards are joined along this axis, by the last part of the tensor's name (Meta's ColumnParallelLinear,
 # RowParallelLinear and ParallelEmbedding); what is not listed is the same in every shard.
 SHARD_DIM = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1, "tok_embeddings": 1}
+T5X_EMBEDDING = "target.token_embedder.embedding"
 FIX = "give a folder with model.safetensors, pytorch_model.bin (or the index of either), consolidated.* or ckpt-0 files"
 
 
@@ -33,7 +35,7 @@ class Source:
 
     layout: Layout
     config: Path | None
-    files: Mapping[Path, Mapping[str, StoredTensor | ckpt.ScaledTensor]]
+    files: Mapping[Path, Mapping[str, StoredTensor | ckpt.ScaledTensor | ZarrArray]]
     tensors: dict[str, Stored]
     indexes: tuple[Path, ...] = ()
 
@@ -49,6 +51,8 @@ def find_source(folder: Path) -> Source:
                 return hugging_face(folder, [stem], read)
             if folders.exists(folder, f"{stem}.index.json"):
                 return indexed(folder, f"{stem}.index.json", read)
+    if folders.exists(folder, f"{T5X_EMBEDDING}/{HEADER}"):
+        return t5x(folder)
     if ckpt.has_ckpt(folder):
         files = ckpt.read_ckpt(folder)
         config = folders.member(folder, "config.json") if folders.exists(folder, "config.json") else None
@@ -58,6 +62,18 @@ def find_source(folder: Path) -> Source:
     if not folders.exists(folder, "config.json"):
         raise GateworkError(f"{folder} has neither config.json nor params.json", fix="give a checkpoint folder")
     raise GateworkError(f"{folder} has no weights", fix=FIX)
+
+
+def t5x(folder: Path) -> Source:
+    """T5X's folders, one for each parameter, `target.` before its name; those of the optimiser's state are not read."""
+    if not folders.exists(folder, "config.json"):
+        fix = "put the config.json of the model's Hugging Face repository beside them"
+        raise GateworkError(f"{folder} has T5X's parameters and no config.json", fix=fix)
+    homes = sorted(path for path in folder.iterdir() if path.name.startswith("target."))
+    arrays = {path.name: read_zarr(folders.member(folder, path.name)) for path in homes}
+    files = {array.first: {name: array} for name, array in arrays.items()}
+    headers = tuple(array.folder / HEADER for array in arrays.values())
+    return Source("t5x", folders.member(folder, "config.json"), files, dict(arrays), headers)
 
 
 def hugging_face(

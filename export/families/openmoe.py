@@ -1,8 +1,10 @@
 """OpenMoE: T5-style attention without a scale, three-way gates, and experts in every n-th layer, with a dense MLP after them.
 
-The layout is that of OrionZheng's repositories, whose configs call the model "llama". No token is dropped. The published code
-drops those beyond an expert's capacity, so that a token's result depends on its company in the batch; the reference decoder
-does the same with `expert_capacity` 2 and `min_expert_capacity` 4 in its ModelConfig, and no engine does.
+Two layouts: that of OrionZheng's repositories, whose configs call the model "llama", and T5X's.
+
+No token is dropped. The published code drops those beyond an expert's capacity, so that a token's result depends on its
+company in the batch; the reference decoder does the same with `expert_capacity` 2 and `min_expert_capacity` 4 in its
+ModelConfig, and no engine does.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from gatework.export.config import ModelConfig, MoEConfig
 from gatework.export.families import hf, layouts
 from gatework.export.families.fields import Fields
 from gatework.export.weights import Piece, Weight, WeightMap
+from gatework.plugins.errors import GateworkError
 
 ARCHITECTURES = ("OpenMoeForCausalLM",)
 DEFAULTS = hf.Defaults(
@@ -88,3 +91,56 @@ def _experts(config: ModelConfig, ours: str, theirs: str) -> WeightMap:
     w_in = tuple(expert(part, e, D, width) for e in range(E) for part, width in gate_up.items())
     w_out = tuple(expert("wo", e, I, D) for e in range(E))
     return {f"{ours}.w_in": Weight((E, 3 * I, D), w_in), f"{ours}.w_out": Weight((E, D, I), w_out)}
+
+
+_T5X_NORMS = {"attn_norm": "pre_self_attention_layer_norm", "ffn_norm": "pre_mlp_layer_norm"}
+_T5X_ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "out"}
+
+
+def t5x_weight_map(config: ModelConfig) -> WeightMap:
+    """Where T5X keeps every canonical weight: all matrices (in, out), those of experts stacked."""
+    if config.family != "openmoe":
+        raise GateworkError(
+            "T5X's layout is read of OpenMoE alone", got=config.family, fix="give OpenMoE's config.json"
+        )
+    assert config.moe is not None
+    shapes = config.tensor_shapes()
+    E, D, I = config.moe.num_experts, config.hidden_size, config.intermediate_size
+    names = {"embed.weight": "target.token_embedder.embedding", "norm.weight": "target.decoder.decoder_norm.scale"}
+    turned = {} if config.tie_embeddings else {"lm_head.weight": "target.decoder.logits_dense.kernel"}
+    weights: WeightMap = {}
+    for i in range(config.num_layers):
+        ours, theirs = f"layers.{i}", f"target.decoder.layers_{i}"
+        names |= {f"{ours}.{norm}.weight": f"{theirs}.{name}.scale" for norm, name in _T5X_NORMS.items()}
+        attention = {f"{ours}.attn.{part}.weight": name for part, name in _T5X_ATTENTION.items()}
+        turned |= {weight: f"{theirs}.self_attention.{name}.kernel" for weight, name in attention.items()}
+        if config.has_experts(i):
+            turned[f"{ours}.moe.router.weight"] = f"{theirs}.mlp.router.router_weights.w.kernel"
+            names[f"{ours}.extra_norm.weight"] = f"{theirs}.pre_extra_mlp_layer_norm.scale"
+            weights |= _t5x_mlp(f"{ours}.moe", f"{theirs}.mlp.expert", E, D, I)
+        dense = "extra_mlp" if config.has_experts(i) else "mlp"
+        weights |= _t5x_mlp(f"{ours}.{dense}", f"{theirs}.{dense}", 0, D, I)
+    for name, theirs in turned.items():
+        rows, columns = shapes[name]
+        weights[name] = Weight((rows, columns), (Piece(name=theirs, shape=(columns, rows), transpose=True),))
+    return weights | {ours: layouts.whole(shapes[ours], theirs) for ours, theirs in names.items()}
+
+
+def _t5x_mlp(ours: str, theirs: str, experts: int, D: int, I: int) -> WeightMap:
+    """Both halves of the gate, up and down, of one MLP, or of so many experts stacked."""
+
+    def pieces(parts: dict[str, tuple[int, int]]) -> tuple[Piece, ...]:
+        stacked = (experts,) if experts else ()
+        places: list[tuple[int, int] | None] = [(e, e + 1) for e in range(experts)]
+        return tuple(
+            Piece(name=f"{theirs}.{part}.kernel", shape=(*stacked, *shape), rows=rows, transpose=True)
+            for rows in places or [None]
+            for part, shape in parts.items()
+        )
+
+    lead = (experts,) if experts else ()
+    w_in = pieces({"wi_0": (D, 2 * I), "wi_1": (D, I)})
+    return {
+        f"{ours}.w_in": Weight((*lead, 3 * I, D), w_in),
+        f"{ours}.w_out": Weight((*lead, D, I), pieces({"wo": (I, D)})),
+    }

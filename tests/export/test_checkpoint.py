@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import struct
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -19,13 +21,15 @@ from torch import Tensor
 
 from gatework.export.checkpoint import Checkpoint, read_config
 from gatework.export.families import FAMILIES
-from gatework.export.stored import StoredTensor
+from gatework.export.stored import TORCH_DTYPES, StoredTensor
+from gatework.export.zarr import read_zarr
 from gatework.plugins.errors import GateworkError
 from tests import sparse_ckpt
 from tests.checkpoints import TABLE, make_checkpoint, odd_sizes, reference_model
 from tests.formats import convert, formats_of
 from tests.golden.grok1 import weights as grok1
 from tests.golden.openmoe import weights as openmoe
+from tests.t5x_format import write_t5x, write_zarr
 
 Edit = Callable[[dict[str, Tensor]], object]
 
@@ -175,6 +179,47 @@ def test_weights_of_openmoe(tmp_path: Path, file_format: str) -> None:
         assert torch.equal(checkpoint.read(name), tensor), name
         parts = torch.cat([part.flatten() for part in checkpoint.parts(name, max_bytes=4096)])
         assert torch.equal(parts, tensor.flatten()), name
+
+
+def test_both_layouts_of_openmoe(tmp_path: Path) -> None:
+    """T5X's chunks, whose edges nothing else respects, whole and in parts."""
+    config, arrays = openmoe.make()
+    t5x = Checkpoint.open(write_t5x(tmp_path / "t5x", config, arrays))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    assert t5x.config == checkpoint.config
+    assert t5x.fingerprint() == Checkpoint.open(t5x.path).fingerprint()
+    for name in checkpoint.weights:
+        expected = checkpoint.read(name)
+        assert torch.equal(t5x.read(name), expected), name
+        parts = torch.cat([part.flatten() for part in t5x.parts(name, max_bytes=2048)])
+        assert torch.equal(parts, expected.flatten()), name
+
+
+@pytest.mark.parametrize("kind", ["<f4", "<f2", "bfloat16"])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_zarr(tmp_path: Path, kind: str, compressed: bool) -> None:
+    """Rows across chunks, as TensorStore writes them."""
+    dtype = np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
+    array = np.random.RandomState(0).standard_normal((7, 5, 3)).astype(dtype)
+    write_zarr(tmp_path / "array", array, (3, 2, 3), compressed=compressed)
+    stored = read_zarr(tmp_path / "array")
+    out = torch.empty((4, 5, 3), dtype=TORCH_DTYPES[stored.dtype])
+    stored.read_into(out, 2)
+    assert np.array_equal(out.float().numpy(), array[2:6].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", gzip.compress(bytes(1000))[:15], gzip.compress(bytes(4 * 1000)), bytes(1 << 20), b"nothing"],
+    ids=["empty", "cut short", "too much", "larger than it may be", "no gzip"],
+)
+def test_damaged_chunks(tmp_path: Path, content: bytes) -> None:
+    write_zarr(tmp_path / "array", np.zeros(8, np.float32), (4,))
+    (tmp_path / "array" / "1").write_bytes(content)
+    with pytest.raises(GateworkError, match="array/1 is damaged"):
+        read_zarr(tmp_path / "array").read_into(torch.empty(8), 0)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["beside", "inside"])

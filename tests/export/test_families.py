@@ -14,7 +14,7 @@ import transformers
 
 from gatework.export.checkpoint import read_config
 from gatework.export.config import ModelConfig, MoEConfig
-from gatework.export.families import FAMILIES, family_of, grok1, params_json
+from gatework.export.families import FAMILIES, family_of, grok1, openmoe, params_json
 from gatework.export.options import fit_length
 from gatework.plugins.errors import GateworkError
 from tests.checkpoints import TABLE, hf_config
@@ -554,6 +554,8 @@ def test_openmoe() -> None:
     assert config.moe is not None
     assert (config.moe.top_k, config.moe.renormalize) == (2, False)
     assert read(without(OPENMOE, "router_topk")) == config
+    shapes = {ours: weight.shape for ours, weight in openmoe.t5x_weight_map(config).items()}
+    assert shapes == config.tensor_shapes()
 
 
 def test_files_of_grok_1_are_sorted_by_name() -> None:

@@ -27,7 +27,7 @@ from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import ModelConfig
 from gatework.plugins.errors import GateworkError
 from gatework.runtime.engine import Engine
-from tests import hostile, hostile_ckpt
+from tests import hostile, hostile_ckpt, hostile_t5x
 from tests.checkpoints import make_checkpoint
 from tests.formats import convert
 from tests.hostile import GB, Record, call, nested, number, state, tensor, tensor_entry, text
@@ -410,6 +410,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # kind -> format of the checkp
     "params": ("meta-mp2", PARAMS),
     "tokenizer": ("hf", TOKENIZERS),
     "ckpt": (hostile_ckpt.FORM, hostile_ckpt.CASES),
+    "t5x": (hostile_t5x.FORM, hostile_t5x.CASES),
 }
 CASES = {
     f"{kind}: {name}": Case(form, craft, message)
@@ -426,7 +427,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     make_byte_level(mixtral)
     llama = make_checkpoint(folder, "llama2", num_layers=1)
     forms = {"hf": mixtral, "sharded": convert(mixtral, "sharded"), "bin": convert(mixtral, "bin")}
-    forms[hostile_ckpt.FORM] = hostile_ckpt.make(folder)
+    forms |= {hostile_ckpt.FORM: hostile_ckpt.make(folder), hostile_t5x.FORM: hostile_t5x.make(folder)}
     return forms | {"meta-mp2": convert(llama, "meta-mp2"), "stacked": convert(mixtral, "stacked")}
 
 
