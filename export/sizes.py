@@ -16,6 +16,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp8", "int8", "int4")
 KV_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp8": 2, "int8": 4, "int4": 4}
 _BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
 GPU_VALUE = 2  # bytes of an activation, a cached key or value: bfloat16 or float16
+_EXPERTS = ".moe.w_"  # in the names of their weights
 _SCALE = 2  # bytes: bfloat16; of the embedding table float32
 
 
@@ -27,18 +28,47 @@ def weight_bytes(config: ModelConfig, precision: Precision, group: int | None = 
     Args:
         group: weights that share a scale, for int8 and int4; default: the builder's.
     """
+    tensors = _tensor_bytes(config, precision, group)
+    return None if tensors is None else sum(tensors.values())
+
+
+def devices_needed(config: ModelConfig, precision: Precision, positions: int, memory: int) -> int | None:
+    """How many devices of `memory` bytes hold the model, whole layers each, with a cache of so many positions.
+
+    None where one layer, the embedding or the output head is too large for a device, or the precision cannot be had.
+    """
+    tensors = _tensor_bytes(config, precision)
+    if tensors is None:
+        return None
+    parts = [0] * (config.num_layers + 2)  # embedding, layers, head
+    for name, nbytes in tensors.items():
+        kind, _, rest = name.partition(".")
+        parts[int(rest.split(".")[0]) + 1 if kind == "layers" else 0 if kind == "embed" else -1] += nbytes
+    cache = kv_bytes(config, precision, positions) // config.num_layers
+    devices, room = 0, 0
+    for place, nbytes in enumerate(parts):
+        needed = nbytes + (cache if 0 < place <= config.num_layers else 0)
+        if needed > memory:
+            return None
+        if needed > room:
+            devices, room = devices + 1, memory
+        room -= needed
+    return devices
+
+
+def _tensor_bytes(config: ModelConfig, precision: Precision, group: int | None = None) -> dict[str, int] | None:
     shapes = config.tensor_shapes()
     if precision in ("fp32", "bf16"):
-        return config.num_parameters() * (4 if precision == "fp32" else 2)
+        return {name: (4 if precision == "fp32" else 2) * math.prod(shape) for name, shape in shapes.items()}
     if precision == "fp8":
-        return sum(gpu_weight_bytes(config, "fp8", 0))
+        return _gpu_tensor_bytes(config, "fp8", 0)
     bits, group = _BITS[precision], group or DEFAULT_GROUPS[precision]
     if config.moe is not None and fit_group(config.hidden_size, group) is None:
         return None
-    total = sum(_grouped_bytes(name, shape, bits, group, config) for name, shape in shapes.items())
+    tensors = {name: _grouped_bytes(name, shape, bits, group, config) for name, shape in shapes.items()}
     if config.tie_embeddings:  # looked up row by row and multiplied with: two layouts
-        total += _head_bytes(shapes["embed.weight"], bits, group)
-    return total
+        tensors["lm_head.weight"] = _head_bytes(shapes["embed.weight"], bits, group)
+    return tensors
 
 
 def kv_bytes(config: ModelConfig, precision: Precision, positions: int) -> int:
@@ -48,16 +78,21 @@ def kv_bytes(config: ModelConfig, precision: Precision, positions: int) -> int:
 
 def gpu_weight_bytes(config: ModelConfig, precision: str, group: int) -> tuple[int, int]:
     """Bytes of (dense weights, expert weights) as a GPU engine of that precision stores them, scales included."""
-    dense = experts = 0
+    tensors = _gpu_tensor_bytes(config, precision, group)
+    experts = sum(nbytes for name, nbytes in tensors.items() if _EXPERTS in name)
+    return sum(tensors.values()) - experts, experts
+
+
+def _gpu_tensor_bytes(config: ModelConfig, precision: str, group: int) -> dict[str, int]:
     shapes = config.tensor_shapes()
     if config.tie_embeddings and precision not in ("bf16", "fp16"):
         shapes["lm_head.weight"] = shapes["embed.weight"]  # a quantised copy
-    for name, shape in shapes.items():
-        if ".moe.w_" in name:
-            experts += _gpu_expert_bytes(shape, precision, group)
-        else:
-            dense += _gpu_dense_bytes(name, shape, precision, group)
-    return dense, experts
+    return {
+        name: _gpu_expert_bytes(shape, precision, group)
+        if _EXPERTS in name
+        else _gpu_dense_bytes(name, shape, precision, group)
+        for name, shape in shapes.items()
+    }
 
 
 def _gpu_expert_bytes(shape: tuple[int, ...], precision: str, group: int) -> int:

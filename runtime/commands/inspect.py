@@ -19,7 +19,8 @@ _ABOUT = """
     engine. No weights are read.
 
     The memory table counts the weights and the KV cache of one sequence at full context: float32 for fp32, int8 and
-    int4, as CPU engines have them; 16 bits for bf16 and fp8, and for GPU engines but fp32. Activations come on top.
+    int4, as CPU engines have them; 16 bits for bf16 and fp8, and for GPU engines but fp32. Activations come on top. Where
+    one device is too small, "on 2" says how many of its size hold the model, whole layers each; "no": a layer is too large.
 """
 _EXAMPLES = """
     gatework inspect examples/tiny-mixtral
@@ -80,7 +81,7 @@ def _read_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 def _sizes(config: ModelConfig, engine: dict[str, Any] | None, memories: dict[str, int]) -> dict[str, Any]:
     """Bytes in every precision at full context; of an engine's own, those that it has and is limited to."""
-    from gatework.export.sizes import PRECISIONS, kv_bytes, weight_bytes
+    from gatework.export.sizes import PRECISIONS, devices_needed, kv_bytes, weight_bytes
 
     context = config.max_position_embeddings if engine is None else engine["limits"]["max_seq"]
     weights = {precision: weight_bytes(config, precision) for precision in PRECISIONS}
@@ -103,6 +104,14 @@ def _sizes(config: ModelConfig, engine: dict[str, Any] | None, memories: dict[st
         "context": context,
         "kv_bytes_at_context": cache,
         "fits": fits,
+        "devices": {
+            precision: {
+                name: 1 if one else devices_needed(config, precision, context, memories[name])
+                for name, one in fits[precision].items()
+            }
+            for precision in PRECISIONS
+            if precision in fits
+        },
     }
 
 
@@ -208,6 +217,13 @@ def _kv_text(facts: dict[str, Any]) -> str:
     return table(rows, "<>>")
 
 
+def _needed(devices: int | None) -> str:
+    """A cell of the memory table."""
+    if devices is None:
+        return "no"
+    return "fits" if devices == 1 else f"on {devices}"
+
+
 def _memory_text(facts: dict[str, Any]) -> str:
     memories = list(next(iter(facts["fits"].values())))
     rows = [("precision", "bytes of weights", "weights", "weights + KV", *memories)]
@@ -215,7 +231,7 @@ def _memory_text(facts: dict[str, Any]) -> str:
         if nbytes is None:
             rows.append((precision, "cannot be built", "", "", *("" for _ in memories)))
             continue
-        fits = ("fits" if facts["fits"][precision][name] else "no" for name in memories)
+        fits = (_needed(facts["devices"][precision][name]) for name in memories)
         total = nbytes + facts["kv_bytes_at_context"][precision]
         rows.append((precision, f"{nbytes:,}", size(nbytes), size(total), *fits))
     return table(rows, "<>>>" + ">" * len(memories))

@@ -10,7 +10,8 @@ import pytest
 
 from gatework.export.build import build_engine
 from gatework.export.checkpoint import Checkpoint, read_config
-from gatework.export.sizes import kv_bytes, weight_bytes
+from gatework.export.config import ModelConfig, MoEConfig
+from gatework.export.sizes import devices_needed, kv_bytes, weight_bytes
 from tests.checkpoints import make_checkpoint
 
 MIXTRAL = {"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8}
@@ -59,3 +60,17 @@ def test_what_cannot_be_built_has_no_size(tmp_path: Path) -> None:
     config = Checkpoint.open(make_checkpoint(tmp_path, "mixtral", hidden_size=40, head_dim=10)).config
     assert weight_bytes(config, "int8") is None
     assert weight_bytes(config, "fp32") is not None
+
+
+def test_devices_needed() -> None:
+    """Whole layers go to a device, embedding and head included: DBRX in bfloat16 takes two of 141 GB, which hold 263 GB."""
+    sizes = {"vocab_size": 100_352, "hidden_size": 6144, "intermediate_size": 10_752, "num_layers": 40, "head_dim": 128}
+    sizes |= {"num_heads": 48, "num_kv_heads": 8, "max_position_embeddings": 32_768}
+    dbrx = ModelConfig(family="dbrx", norm="layer", moe=MoEConfig(num_experts=16, top_k=4), **sizes)  # type: ignore[arg-type]
+    assert weight_bytes(dbrx, "bf16") == 263_193_047_040
+    assert devices_needed(dbrx, "bf16", 32_768, 141 * 10**9) == 2
+    assert devices_needed(dbrx, "bf16", 32_768, 80 * 10**9) == 4
+    assert devices_needed(dbrx, "bf16", 32_768, 300 * 10**9) == 1
+    layer = (263_193_047_040 - 2 * 2 * 100_352 * 6144) // 40
+    assert devices_needed(dbrx, "bf16", 0, layer + 10**6) == 42
+    assert devices_needed(dbrx, "bf16", 0, layer - 10**6) is None

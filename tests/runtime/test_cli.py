@@ -270,6 +270,7 @@ def test_inspect_params_json(tmp_path: Path, run: Run) -> None:
     assert facts["kv_bytes_at_context"]["bf16"] == 131_072 * 32_768
     # weights alone would fit into 94 GB
     assert facts["fits"]["bf16"] == {"93 GB": False, "94GB": False, "1TiB": True}
+    assert facts["devices"]["bf16"] == {"93 GB": 2, "94GB": 2, "1TiB": 1}
 
 
 def test_inspect_checkpoint(run: Run) -> None:
@@ -279,7 +280,7 @@ def test_inspect_checkpoint(run: Run) -> None:
     (row,) = [line for line in out.splitlines() if line.startswith("int8")]
     assert row.split()[-3:] == ["fits", "fits", "fits"]
     (row,) = [line for line in out.splitlines() if line.startswith("fp32 ") and "fits" in line]
-    assert row.split()[-3:] == ["no", "no", "fits"]
+    assert row.split()[-5:] == ["on", "3", "on", "3", "fits"]
 
 
 def test_inspect_engine(engine: Path, run: Run) -> None:
