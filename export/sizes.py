@@ -27,18 +27,31 @@ def weight_bytes(config: ModelConfig, precision: Precision, group: int | None = 
     Args:
         group: weights that share a scale, for int8 and int4; default: the builder's.
     """
-    shapes = config.tensor_shapes()
-    if precision in ("fp32", "bf16"):
-        return config.num_parameters() * (4 if precision == "fp32" else 2)
     if precision == "fp8":
         return sum(gpu_weight_bytes(config, "fp8", 0))
+    sizes = tensor_bytes(config, precision, group)
+    if sizes is None:
+        return None
+    tied = config.tie_embeddings and precision in ("fp32", "bf16")
+    return sum(sizes.values()) - (sizes["lm_head.weight"] if tied else 0)
+
+
+def tensor_bytes(
+    config: ModelConfig, precision: Literal["fp32", "bf16", "int8", "int4"], group: int | None = None
+) -> dict[str, int] | None:
+    """Bytes of every weight, by name; arguments and None as of `weight_bytes`.
+
+    A tied embedding has an entry as the head, too: the same table in floats, a layout of its own where quantised.
+    """
+    shapes = config.tensor_shapes()
+    if config.tie_embeddings:
+        shapes["lm_head.weight"] = shapes["embed.weight"]
+    if precision in ("fp32", "bf16"):
+        return {name: (4 if precision == "fp32" else 2) * math.prod(shape) for name, shape in shapes.items()}
     bits, group = _BITS[precision], group or DEFAULT_GROUPS[precision]
     if config.moe is not None and fit_group(config.hidden_size, group) is None:
         return None
-    total = sum(_grouped_bytes(name, shape, bits, group, config) for name, shape in shapes.items())
-    if config.tie_embeddings:  # looked up row by row and multiplied with: two layouts
-        total += _head_bytes(shapes["embed.weight"], bits, group)
-    return total
+    return {name: _grouped_bytes(name, shape, bits, group, config) for name, shape in shapes.items()}
 
 
 def kv_bytes(config: ModelConfig, precision: Precision, positions: int) -> int:

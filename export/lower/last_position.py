@@ -28,6 +28,7 @@ def hoist_last_position(model: ir.Model) -> tuple[ir.Model, bool]:
     (position,) = Builder(model.graph, before).op("Slice", residual, *last.inputs[1:])
     for user in users:
         user.replace_input_with(list(user.inputs).index(residual), position)
+    normed = None
     if norm is None:
         x = before.inputs[0]
         assert x is not None and x.dtype is not None
@@ -46,7 +47,18 @@ def hoist_last_position(model: ir.Model) -> tuple[ir.Model, bool]:
     replace(last.outputs[0], add.outputs[0])
     add.outputs[0].name = name
     model.graph.remove(last)
+    _forget_shapes(position, normed)
     return model, True
+
+
+def _forget_shapes(*values: ir.Value | None) -> None:
+    """Of all that follows from values: they were those of every position, and ONNX Runtime reuses memory by them."""
+    rest = [value for value in values if value is not None]
+    while rest:
+        for node, _ in rest.pop().uses():
+            rest += [value for value in node.outputs if value.shape is not None and not value.is_graph_output()]
+            for value in node.outputs:
+                value.shape = value.shape if value.is_graph_output() else None
 
 
 def _reader_of_norm(branch: ir.Value | None) -> ir.Node:
