@@ -54,11 +54,13 @@ def hoist_last_position(model: ir.Model) -> tuple[ir.Model, bool]:
 def _forget_shapes(*values: ir.Value | None) -> None:
     """Of all that follows from values: they were those of every position, and ONNX Runtime reuses memory by them."""
     rest = [value for value in values if value is not None]
+    seen = set(rest)
     while rest:
-        for node, _ in rest.pop().uses():
-            rest += [value for value in node.outputs if value.shape is not None and not value.is_graph_output()]
-            for value in node.outputs:
-                value.shape = value.shape if value.is_graph_output() else None
+        made = {value for node, _ in rest.pop().uses() for value in node.outputs} - seen
+        for value in made:
+            value.shape = value.shape if value.is_graph_output() else None
+        seen |= made
+        rest += made
 
 
 def _reader_of_norm(branch: ir.Value | None) -> ir.Node:
