@@ -15,6 +15,8 @@ import tempfile
 import threading
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -139,25 +141,30 @@ class ProcessBackend(Steps):
             GateworkError: a process has ended; names its stage.
         """
         self._crew.check()
-        batch, length = x.shape
-        try:
-            self._wire.tell(Message(False, (slot, batch, length), starts, prompts))
+        with self._in_step():
+            self._wire.tell(Message(False, (slot, x.shape[0], x.shape[1]), starts, prompts))
             self._wire.send(x)
             self._wire.hear()
-            return self._wire.receive((batch, 1, self._vocab_size), np.float32)
-        except LostError as error:
-            raise self._crew.lost(error) from None
+            return self._wire.receive((len(x), 1, self._vocab_size), np.float32)
 
     def _copy(self, source: int, target: int, length: int) -> None:
         """If a process has ended, the next step says so."""
-        if self._crew.failure is not None:
-            return
         none = np.empty(0, np.int64)
-        try:
+        with suppress(GateworkError), self._in_step():
+            self._crew.check()
             self._wire.tell(Message(True, (source, target, length), none, none))
             self._wire.hear()
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """What is sent, and what is received in answer. A step that breaks off leaves answers on their way: it is the last."""
+        try:
+            yield
         except LostError as error:
-            self._crew.lost(error)
+            raise self._crew.lost(error) from None
+        except KeyboardInterrupt:
+            self.close()
+            raise
 
 
 def _meet(crew: Crew, folder: Path, size: int, max_batch: int) -> Wire:
@@ -171,8 +178,8 @@ def _meet(crew: Crew, folder: Path, size: int, max_batch: int) -> Wire:
     def connect() -> None:
         try:
             found.append(Wire(store, size - 1, size, max_batch))
-        except RuntimeError as error:
-            lost.append(LostError(str(error)))
+        except LostError as error:
+            lost.append(error)
 
     lost: list[LostError] = []
     thread = threading.Thread(target=connect, daemon=True)  # a process that ends meanwhile would be waited for

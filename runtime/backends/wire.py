@@ -51,7 +51,11 @@ class LostError(Exception):
 
 
 class Wire:
-    """One rank's connections. Everything is sent as bytes whose number both ends know."""
+    """One rank's connections. Everything is sent as bytes whose number both ends know.
+
+    Raises, as all methods do:
+        LostError: the other end is gone.
+    """
 
     def __init__(self, store: Any, rank: int, size: int, max_batch: int) -> None:
         from torch import distributed
@@ -61,7 +65,10 @@ class Wire:
         options._timeout = _MEETING
         options._devices = [gloo.create_device(hostname=_HOST)]
         self.rank, self.size, self.max_batch = rank, size, max_batch
-        self._group = gloo(store, rank, size, options)
+        try:
+            self._group = gloo(store, rank, size, options)
+        except RuntimeError as error:
+            raise LostError(str(error)) from error
 
     def send(self, array: np.ndarray) -> None:
         """To the next rank."""
