@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from gatework.export.checkpoint import Checkpoint
-from gatework.export.config import Dtype
+from gatework.export.config import Dtype, ModelConfig
 from gatework.export.golden import require_polygraphy, write_golden
 from gatework.export.lower import CUDA_DTYPES, lower_to_cpu, lower_to_cuda
 from gatework.export.lower.experts import moe_nodes
@@ -21,6 +21,7 @@ from gatework.export.lower.packed import to_contrib
 from gatework.export.materialize import write_model
 from gatework.export.onnx_export import add_function_body, trace
 from gatework.export.options import BuildOptions
+from gatework.export.stages import cut, divide
 from gatework.export.staging import check_free, new_directory
 from gatework.export.tensorrt.compile import compile_tensorrt
 from gatework.export.tensorrt.preflight import Preflight, preflight
@@ -115,14 +116,39 @@ def finish_engine(
 def _write_graph(
     checkpoint: Checkpoint, directory: Path, options: BuildOptions, progress: bool
 ) -> tuple[list[str], dict[str, Any]]:
-    """The lowered graph for ONNX Runtime, which compiles nothing, and its weights; returns file names and facts."""
+    """The lowered graph for ONNX Runtime, or that of each stage, and the weights; returns file names and facts."""
     assert options.max_seq is not None
     config, precision = checkpoint.config.within(options.max_seq), options.precision
-    if options.target == "cuda":
-        model = trace(config, options.max_seq, dtype=CUDA_DTYPES[precision])  # type: ignore[index]
-        model = lower_to_cuda(model, config, precision, options.group)  # type: ignore[arg-type]
-    else:
-        model = lower_to_cpu(trace(config, options.max_seq), config, precision, options.group)  # type: ignore[arg-type]
+    dtype: Dtype = CUDA_DTYPES[precision] if options.target == "cuda" else "float32"  # type: ignore[index]
+    model = trace(config, options.max_seq, dtype=dtype)
+    if options.stages == 1:
+        return _write_lowered(model, config, checkpoint, directory, options, progress)
+    files: list[str] = []
+    stages: list[dict[str, Any]] = []
+    tensors: dict[str, Any] = {}
+    for number, layers in enumerate(divide(config, options.stages, precision, options.group)):  # type: ignore[arg-type]
+        folder = directory / engine_format.stage_folder(number)
+        folder.mkdir()
+        part = cut(model, layers, config.num_layers)
+        names, facts = _write_lowered(part, config, checkpoint, folder, options, progress)
+        files += [f"{folder.name}/{name}" for name in names]
+        tensors |= facts["tensors"]
+        stages.append({"layers": [layers.start, layers.stop], "weight_bytes": facts["weight_bytes"]})
+    weight_bytes = {name: sum(stage["weight_bytes"][name] for stage in stages) for name in ("total", "per_token")}
+    return files, {"weight_bytes": weight_bytes, "tensors": tensors, engine_format.STAGES: stages}
+
+
+def _write_lowered(
+    model: ir.Model,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    directory: Path,
+    options: BuildOptions,
+    progress: bool,
+) -> tuple[list[str], dict[str, Any]]:
+    """Lower a canonical graph, in place, and write it with its weights."""
+    lower = lower_to_cuda if options.target == "cuda" else lower_to_cpu
+    model = lower(model, config, options.precision, options.group)  # type: ignore[arg-type]
     if any(node.op_type == OP_TYPE for node in moe_nodes(model)):
         add_function_body(model)
     names, facts = write_model(model, checkpoint, directory, progress=progress), weight_facts(model, config)

@@ -21,6 +21,7 @@ class BuildOptions:
     group_size: weights that share a scale, at most, a power of two from 16 to 256 (32 to 128 for cuda); a matrix whose rows it
     does not divide takes the largest size that does. None: for int8 128 and for int4 32 on cpu and cuda; 128 for
     int4 of TensorRT, whose int8 has one scale per row.
+    stages: parts that the model is cut into at layer boundaries, one graph each; for ONNX Runtime's targets only.
 
     For TensorRT only. toolchain: None chooses. calibration: file that holds the activations' ranges. strip_weights: leave the
     dense weights out of the plan. plan_only: leave the experts unpacked; the engine cannot run. timing_cache: file shared by
@@ -33,6 +34,7 @@ class BuildOptions:
     max_batch: int = 8
     prefill_chunk: int = 512
     group_size: int | None = None
+    stages: int = 1
     toolchain: str | None = None
     calibration: Path | None = None
     strip_weights: bool = False
@@ -51,9 +53,12 @@ class BuildOptions:
             raise GateworkError(
                 f"{self.precision} on {self.target} has no groups of weights", got=got, fix="leave it out"
             )
-        for name in ("max_batch", "prefill_chunk"):
+        for name in ("max_batch", "prefill_chunk", "stages"):
             if getattr(self, name) < 1:
                 raise GateworkError(f"{name} is not positive", got=getattr(self, name), expected="at least 1")
+        if target.capability is not None and self.stages > 1:
+            got, fix = f"target {self.target}", "use --target cpu or cuda"
+            raise GateworkError("stages are for targets of ONNX Runtime", got=got, fix=fix)
         if target.capability is None:
             for name in ("toolchain", "calibration", "strip_weights", "plan_only", "timing_cache", "device_memory"):
                 if getattr(self, name):
@@ -73,7 +78,14 @@ class BuildOptions:
         return (self.group_size or default) if default else 0
 
     def fitted_to(self, config: ModelConfig) -> BuildOptions:
-        """The same with limits that the model has: max_seq is set, and prefill_chunk at most that."""
+        """The same with limits that the model has: max_seq is set, and prefill_chunk at most that.
+
+        Raises:
+            GateworkError: a max_seq beyond the model's, or more stages than layers.
+        """
+        if self.stages > config.num_layers:
+            expected = f"at most {config.num_layers}, the model's layers"
+            raise GateworkError("there are more stages than layers", got=self.stages, expected=expected)
         length = fit_length(config, self.max_seq)
         return replace(self, max_seq=length, prefill_chunk=min(self.prefill_chunk, length))
 

@@ -28,8 +28,11 @@ def weight_bytes(config: ModelConfig, precision: Precision, group: int | None = 
     Args:
         group: weights that share a scale, for int8 and int4; default: the builder's.
     """
-    tensors = _tensor_bytes(config, precision, group)
-    return None if tensors is None else sum(tensors.values())
+    sizes = tensor_bytes(config, precision, group)
+    if sizes is None:
+        return None
+    tied = config.tie_embeddings and precision in ("fp32", "bf16")
+    return sum(sizes.values()) - (sizes["lm_head.weight"] if tied else 0)
 
 
 def devices_needed(config: ModelConfig, precision: Precision, positions: int, memory: int) -> int | None:
@@ -37,11 +40,11 @@ def devices_needed(config: ModelConfig, precision: Precision, positions: int, me
 
     None where one layer, the embedding or the output head is too large for a device, or the precision cannot be had.
     """
-    tensors = _tensor_bytes(config, precision)
-    if tensors is None:
+    sizes = tensor_bytes(config, precision)
+    if sizes is None:
         return None
     parts = [0] * (config.num_layers + 2)  # embedding, layers, head
-    for name, nbytes in tensors.items():
+    for name, nbytes in sizes.items():
         kind, _, rest = name.partition(".")
         parts[int(rest.split(".")[0]) + 1 if kind == "layers" else 0 if kind == "embed" else -1] += nbytes
     cache = kv_bytes(config, precision, positions) // config.num_layers
@@ -56,8 +59,14 @@ def devices_needed(config: ModelConfig, precision: Precision, positions: int, me
     return devices
 
 
-def _tensor_bytes(config: ModelConfig, precision: Precision, group: int | None = None) -> dict[str, int] | None:
+def tensor_bytes(config: ModelConfig, precision: Precision, group: int | None = None) -> dict[str, int] | None:
+    """Bytes of every weight, by name; arguments and None as of `weight_bytes`.
+
+    A tied embedding has an entry as the head, too: the same table in floats, a layout of its own where quantised.
+    """
     shapes = config.tensor_shapes()
+    if config.tie_embeddings:
+        shapes["lm_head.weight"] = shapes["embed.weight"]
     if precision in ("fp32", "bf16"):
         return {name: (4 if precision == "fp32" else 2) * math.prod(shape) for name, shape in shapes.items()}
     if precision == "fp8":
@@ -65,10 +74,7 @@ def _tensor_bytes(config: ModelConfig, precision: Precision, group: int | None =
     bits, group = _BITS[precision], group or DEFAULT_GROUPS[precision]
     if config.moe is not None and fit_group(config.hidden_size, group) is None:
         return None
-    tensors = {name: _grouped_bytes(name, shape, bits, group, config) for name, shape in shapes.items()}
-    if config.tie_embeddings:  # looked up row by row and multiplied with: two layouts
-        tensors["lm_head.weight"] = _head_bytes(shapes["embed.weight"], bits, group)
-    return tensors
+    return {name: _grouped_bytes(name, shape, bits, group, config) for name, shape in shapes.items()}
 
 
 def kv_bytes(config: ModelConfig, precision: Precision, positions: int) -> int:

@@ -13,7 +13,9 @@ from gatework.plugins.machine import usable_cpus
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 FALLBACK = "fallback.onnx"  # of a CPU engine: the graph for machines without the CPU kernels' library
-KERNELS = "kernels"  # the one folder in an engine: compiled GPU kernels
+KERNELS = "kernels"  # a folder in an engine: compiled GPU kernels
+
+STAGES = "stages"  # field of a staged engine's manifest: layers [first, end) and weight_bytes of each stage
 
 # Files that make a tokenizer; the builder copies those that a checkpoint has, the runtime reads them from the engine.
 TOKENIZER_FILES = (
@@ -41,7 +43,7 @@ MANIFEST_FIELDS: dict[str, type | tuple[type, ...]] = {
     "checkpoint": dict,  # fingerprint, num_parameters, num_active_parameters
     "weight_bytes": dict,  # total, per_token: bytes of packed weights; those that one decoded token reads
     "tensors": dict,  # name -> dtype, shape, file of every packed weight
-    "files": dict,  # name, or kernels/name -> size, sha256
+    "files": dict,  # name, kernels/name or stage0/name ... -> size, sha256
 }
 
 
@@ -59,6 +61,16 @@ def layer_taps(layer: int, model: Mapping[str, Any]) -> list[str]:
         extra = ["routed", "extra"] if model.get("extra_mlp") else []
     names = ("context", "attention", "residual", *branches, *extra, "output")
     return [f"layers.{layer}.{name}" for name in names]
+
+
+def stage_folder(number: int) -> str:
+    """The folder in an engine that holds graph and weights of a stage."""
+    return f"stage{number}"
+
+
+def stage_input(layer: int) -> str:
+    """What a stage whose first layer is this one takes from the stage before it, [B, S, D]."""
+    return f"layers.{layer - 1}.output"
 
 
 def sha256(path: Path) -> str:

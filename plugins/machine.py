@@ -32,6 +32,16 @@ def gpu_capability() -> tuple[int, int] | None:
     return None if any(call() for call in calls) else (major.value, minor.value)
 
 
+def gpu_count() -> int:
+    """GPUs that this process sees; 0 without a driver."""
+    count = ctypes.c_int()
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    return 0 if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) else count.value
+
+
 def onnxruntime_version() -> str:
     """Of the package that provides the module `onnxruntime`: for CPUs, or for NVIDIA GPUs."""
     try:

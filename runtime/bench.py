@@ -41,6 +41,8 @@ def bench(
     batch: int = 1,
     repeat: int = 3,
     threads: int | None = None,
+    *,
+    stage_processes: bool = False,
 ) -> dict[str, Any]:
     """Measure greedy generation from random prompts, fixed by a seed; speeds are medians over the repetitions.
 
@@ -48,12 +50,13 @@ def bench(
         prompt_tokens: per prompt; default: 512, or fewer where the engine's max_seq leaves less room.
         new_tokens: decoded per prompt, after the one that prefill gives; default: 64, or half of what fits.
         batch: prompts at once. Prefill runs one by one, decode all together.
+        stage_processes: run the stages of the engine in processes of their own.
 
     Returns:
         prefill_tok_s and decode_tok_s (tokens per second, of all prompts together); ttft_ms (to the first prompt's first
         token); weight_bytes_per_token (packed weights that one decoded token reads) and gb_s (that many bytes, times
         decode_tok_s, in 1e9 bytes per second: with a batch, more than memory delivers, since its rows share reads);
-        peak_rss_mb (1e6 bytes of this process, memory-mapped weights included); load_s; and what was measured.
+        peak_rss_mb (1e6 bytes of this process and its stages', memory-mapped weights included); load_s; and what was measured.
 
     Raises:
         GateworkError: not an engine, or a request that does not fit it.
@@ -62,8 +65,21 @@ def bench(
         if value is not None and value < 1:
             raise GateworkError(f"{name} is not positive", got=value, expected="at least 1")
     start = time.perf_counter()
-    llm = LLM(engine_dir, threads=threads)
-    load = time.perf_counter() - start
+    with LLM(engine_dir, threads=threads, stage_processes=stage_processes) as llm:
+        load = time.perf_counter() - start
+        return _measure(llm, load, prompt_tokens, new_tokens, batch, repeat, threads)
+
+
+def _measure(
+    llm: LLM,
+    load: float,
+    prompt_tokens: int | None,
+    new_tokens: int | None,
+    batch: int,
+    repeat: int,
+    threads: int | None,
+) -> dict[str, Any]:
+    """See `bench`; load: seconds."""
     if new_tokens is None:
         new_tokens = min(_NEW_TOKENS, llm.engine.limits.max_seq // 2)
     count = _fitting(llm, prompt_tokens, new_tokens, batch)
@@ -73,7 +89,7 @@ def bench(
     decode = statistics.median(batch * new_tokens / each.decode for each in rounds)
     per_token = llm.engine.weight_bytes["per_token"]
     return {
-        "engine": str(Path(engine_dir)),
+        "engine": str(llm.engine.path),
         "precision": llm.engine.manifest["precision"],
         "target": llm.engine.manifest["target"],
         "threads": threads or usable_cpus(),
@@ -86,7 +102,7 @@ def bench(
         "ttft_ms": _rounded(1e3 * statistics.median(each.first for each in rounds)),
         "weight_bytes_per_token": per_token,
         "gb_s": _rounded(per_token * decode / 1e9),
-        "peak_rss_mb": _rounded(peak_rss() / 1e6),
+        "peak_rss_mb": _rounded(sum(map(peak_rss, [os.getpid(), *llm.stage_pids])) / 1e6),
         "load_s": _rounded(load),
         "versions": {
             "gatework": version("gatework"),
@@ -97,10 +113,10 @@ def bench(
     }
 
 
-def peak_rss() -> int:
-    """Most bytes that this process has had in memory."""
+def peak_rss(pid: int | None = None) -> int:
+    """Most bytes that a process, this one by default, has had in memory."""
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path(f"/proc/{pid or 'self'}/status").read_text()
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024
     except (OSError, StopIteration):
         # Not the first choice: Linux lets a process start with the peak of the one that launched it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import VERSION as PLUGIN_VERSION
 
 Check = Literal["auto", "full", "sizes"]
+_PLACE = re.compile(rf"(({engine_format.KERNELS}|stage[0-9]+)/)?[^/]+")  # of a file
 _MAX_MANIFEST = 8 << 20  # bytes
 _AUTO_LIMIT = 4 << 30  # bytes hashed at load by default; hashing more would take longer than loading
 
@@ -24,6 +26,22 @@ class Limits:
     max_batch: int
     max_seq: int
     prefill_chunk: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of an engine that was cut at layer boundaries: layers [first, end), in a folder of the engine."""
+
+    number: int
+    first: int
+    end: int
+    weight_bytes: int
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        layers = f"layer {self.first}" if self.end - self.first == 1 else f"layers {self.first} to {self.end - 1}"
+        return f"stage {self.number} ({layers})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +67,14 @@ class Engine:
         """Bytes of packed weights: `total`, and `per_token`, those that one decoded token reads."""
         sizes: dict[str, int] = self.manifest["weight_bytes"]
         return sizes
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Its parts, in the order in which a token passes through them; none where it is one graph."""
+        parts = self.manifest.get(engine_format.STAGES, [])
+        layers = [part["layers"] for part in parts]
+        sizes = [part["weight_bytes"]["total"] for part in parts]
+        return [Stage(i, first, end, sizes[i]) for i, (first, end) in enumerate(layers)]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: Check = "auto") -> Engine:
@@ -128,7 +154,7 @@ def _check_sizes(path: Path, files: dict[str, Any]) -> None:
     manifest = path / engine_format.MANIFEST
     for name, facts in files.items():
         file = path / name
-        if Path(name).name != name.removeprefix(f"{engine_format.KERNELS}/"):
+        if not _PLACE.fullmatch(name) or Path(name).name != name.rpartition("/")[2]:
             raise _damaged(manifest, f"it names {name!r}, which is not a plain file name")
         if not isinstance(facts, dict) or set(facts) != {"size", "sha256"}:
             raise _damaged(manifest, f"it does not tell the size and SHA-256 of {name}")
@@ -150,6 +176,21 @@ def _check_numbers(file: Path, manifest: dict[str, Any]) -> None:
         raise _damaged(file, "its model's vocabulary is not known")
     if not all(_is_count(model.get(name)) for name in ("num_layers", "num_kv_heads", "head_dim")) or "moe" not in model:
         raise _damaged(file, "its model's layers are not known")
+    _check_stages(file, manifest)
+
+
+def _check_stages(file: Path, manifest: dict[str, Any]) -> None:
+    """Raise unless the stages, if there are any, hold each layer once and in order."""
+    parts, end = manifest.get(engine_format.STAGES, []), 0
+    try:
+        for part in parts:
+            first, stop = part["layers"]
+            whole = first == end and _is_count(stop) and stop > first and _is_count(part["weight_bytes"]["total"])
+            end = stop if whole else -1
+    except (KeyError, TypeError, ValueError):
+        end = -1
+    if not isinstance(parts, list) or (engine_format.STAGES in manifest and end != manifest["model"]["num_layers"]):
+        raise _damaged(file, "its stages are not known")
 
 
 def _is_count(value: object) -> bool:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
 from operator import index
-from typing import get_args
+from typing import Self, get_args
 
 from gatework.plugins.errors import GateworkError
 from gatework.runtime.backends.open import open_backend
@@ -61,6 +61,9 @@ class LLM:
         max_batch: sequences decoded at once; default: the engine's limit.
         threads: CPU threads of ONNX Runtime; default: all that this process may use.
         check: how thoroughly files are verified, see `Engine.open`.
+        stage_processes: run each stage of an engine built with --stages in a process of its own, over torch.distributed. They
+            end with `close`, at the end of a with block, with this object, or with the program; if one of them ends before,
+            calls raise a GateworkError that names its stage.
 
     Raises:
         GateworkError: the folder is not a whole, unaltered engine that this version can run.
@@ -73,6 +76,7 @@ class LLM:
         max_batch: int | None = None,
         threads: int | None = None,
         check: Check = "auto",
+        stage_processes: bool = False,
     ) -> None:
         self.engine = Engine.open(engine_dir, check="sizes")
         self.tokenizer: Tokenizer | None = load_tokenizer(self.engine.path)
@@ -85,10 +89,27 @@ class LLM:
             raise GateworkError("unknown check", got=repr(check), expected=" or ".join(get_args(Check)))
         with ThreadPoolExecutor(1) as pool:  # the weights are hashed while the session is made of them
             hashing = pool.submit(self.engine.check_weights, check)
-            self._backend = open_backend(self.engine, max_batch=batch, threads=threads)
+            self._backend = open_backend(self.engine, max_batch=batch, threads=threads, stage_processes=stage_processes)
             hashing.result()
         self._scheduler = Scheduler(self._backend, self.engine.limits.prefill_chunk)
         self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the stages' processes, if there are any, once no call is in progress; later calls raise an error."""
+        with self._lock:
+            if self.stage_pids:
+                self._backend.close()  # type: ignore[attr-defined]
+
+    @property
+    def stage_pids(self) -> list[int]:
+        """Process ids of the stages that run in processes of their own, in their order."""
+        return getattr(self._backend, "pids", [])
 
     def generate(
         self,

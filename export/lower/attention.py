@@ -63,7 +63,7 @@ def attention_lengths(graph: ir.Graph, *, query_lengths: bool) -> Lengths:
     """Add what computes them from the graph's inputs."""
     inputs = {value.name: value for value in graph.inputs}
     build = Builder(graph, graph[0])
-    (seq,) = build.op("Shape", inputs["input_ids"], start=1, end=2)  # [1]
+    (seq,) = build.op("Shape", inputs["position_ids"], start=1, end=2)  # [1]
     one = build.constant(np.array(1, np.int64))
     (last,) = build.op("Sub", seq, one)
     (ends,) = build.op("Add", inputs["write_indices"], last)  # [B]
@@ -73,7 +73,7 @@ def attention_lengths(graph: ir.Graph, *, query_lengths: bool) -> Lengths:
     (total,) = build.op("Cast", total64, to=ir.DataType.INT32)
     if not query_lengths:
         return Lengths(seqlens_k, total, total64, None)
-    (batch,) = build.op("Shape", inputs["input_ids"], start=0, end=1)
+    (batch,) = build.op("Shape", inputs["position_ids"], start=0, end=1)
     (rows,) = build.op("Expand", seq, batch)
     (query,) = build.op("Cast", rows, to=ir.DataType.INT32)
     return Lengths(seqlens_k, total, total64, query)

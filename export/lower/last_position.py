@@ -37,6 +37,7 @@ def _hoist(graph: ir.Graph, add: ir.Node, last: ir.Node) -> ir.Node | None:
     position.type = residual.type
     for user in users:
         user.replace_input_with(list(user.inputs).index(residual), position)
+    normed = None
     if norm is None:
         x = before.inputs[0]
         assert x is not None and x.dtype is not None
@@ -55,7 +56,20 @@ def _hoist(graph: ir.Graph, add: ir.Node, last: ir.Node) -> ir.Node | None:
     replace(last.outputs[0], add.outputs[0])
     add.outputs[0].name = name
     graph.remove(last)
+    _forget_shapes(position, normed)
     return position.producer() if (residual.name or "").endswith(".routed") else None
+
+
+def _forget_shapes(*values: ir.Value | None) -> None:
+    """Of all that follows from values: they were those of every position, and ONNX Runtime reuses memory by them."""
+    rest = [value for value in values if value is not None]
+    seen = set(rest)
+    while rest:
+        made = {value for node, _ in rest.pop().uses() for value in node.outputs} - seen
+        for value in made:
+            value.shape = value.shape if value.is_graph_output() else None
+        seen |= made
+        rest += made
 
 
 def _reader_of_norm(branch: ir.Value | None) -> ir.Node:

@@ -12,11 +12,11 @@ import onnx_ir as ir
 import torch
 
 from gatework.export.groups import HEAD_BITS, HEAD_GROUP, PADDED_GROUP, fit_group
-from gatework.export.lower.graph import MS, Builder, linear_users, linear_weight, replace
+from gatework.export.lower.graph import MS, Builder, linear_weight, replace
 from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
 from gatework.export.quantize import quantize_rows
 
-_HEAD = "lm_head.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "embed.weight"
 
 
 def to_fused_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
@@ -36,7 +36,7 @@ def to_matmul_nbits(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model
         if ".router." in spec.name:
             return None
         N, K = static_shape(weight)
-        name = spec.name if linear_users(weight) == len(weight.uses()) else _HEAD  # tied to the embedding
+        name = _HEAD if spec.name == _EMBEDDING else spec.name  # tied
         width, widest = (HEAD_BITS, HEAD_GROUP) if name == _HEAD and bits < HEAD_BITS else (bits, group)
         size = fit_group(K, widest) or min(widest, PADDED_GROUP)  # the last block of an odd row is padded
         blocks = -(-K // size)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from gatework.export.groups import HEAD_BITS, HEAD_GROUP, PADDED_GROUP, fit_group
 from gatework.export.lower.cached_attention import to_group_query_attention
 from gatework.export.lower.experts import attributes_of, moe_nodes
-from gatework.export.lower.graph import MS, Builder, linear_users, linear_weight, replace
+from gatework.export.lower.graph import MS, Builder, linear_weight, replace
 from gatework.export.lower.moe import SILU_GATE, has_contrib
 from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
 from gatework.export.quantize import in_blocks, quantize_rows
@@ -27,7 +27,7 @@ from gatework.plugins.moe import cpu_ops
 from gatework.plugins.moe.cpu_ops import BLOCK_ROWS, STEP_BYTES, WIDE_BITS
 from gatework.plugins.moe.spec import ATTRIBUTE_KINDS, DOMAIN, MoEAttributes
 
-_HEAD = "lm_head.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "embed.weight"
 
 
 def encode_blocks(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def to_packed_matmul(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Mode
         pack = pack_of(weight)
         (spec,) = pack.outputs
         N, K = static_shape(weight)
-        name = spec.name if linear_users(weight) == len(weight.uses()) else _HEAD  # tied to the embedding
+        name = _HEAD if spec.name == _EMBEDDING else spec.name  # tied
         width, widest = (HEAD_BITS, HEAD_GROUP) if name == _HEAD and bits < HEAD_BITS else (bits, group)
         size = fit_group(K, widest) or min(widest, PADDED_GROUP)  # the last group of an odd row is padded
         codes, scales = block_shapes(N, K, width, size)

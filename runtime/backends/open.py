@@ -13,19 +13,38 @@ from gatework.runtime.scheduler import Backend
 MODULES = ("onnxruntime", "tensorrt", "tensorrt_rtx")  # that run engines
 
 
-def open_backend(engine: Engine, *, max_batch: int, threads: int | None = None, taps: Sequence[str] = ()) -> Backend:
+def open_backend(
+    engine: Engine,
+    *,
+    max_batch: int,
+    threads: int | None = None,
+    taps: Sequence[str] = (),
+    stage_processes: bool = False,
+) -> Backend:
     """Load an engine onto the device that it was built for.
 
     Args:
         max_batch: cache slots; at most the engine's limit where it holds a plan.
         threads: of ONNX Runtime's CPU pool.
         taps: values inside the graph to leave in the backend's `tapped`; of ONNX Runtime alone.
+        stage_processes: run each stage of the engine in a process of its own, without taps.
 
     Raises:
         GateworkError: an engine that cannot run, or that lacks a GPU or a package here.
     """
+    if stage_processes:
+        if not engine.stages:
+            fix = "build it with --stages N"
+            raise GateworkError(f"{engine.path} has no stages to run in processes", got="one graph", fix=fix)
+        from gatework.runtime.backends.processes import ProcessBackend
+
+        return ProcessBackend(engine, max_batch=max_batch, threads=threads)
     module = module_of(engine)
     if module == "onnxruntime":
+        if engine.stages:
+            from gatework.runtime.backends.stages import StagedBackend
+
+            return StagedBackend(engine, max_batch=max_batch, threads=threads, taps=taps)
         from gatework.runtime.backends.ort import OrtBackend
 
         return OrtBackend(engine, max_batch=max_batch, threads=threads, taps=taps)

@@ -19,49 +19,69 @@ import numpy as np
 import onnxruntime as ort
 
 from gatework.plugins import engine_format
+from gatework.plugins.engine_format import stage_folder, stage_input
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import usable_cpus
 from gatework.plugins.moe import cpu_ops
 from gatework.runtime.backends.kv import Cache, DeviceCache, HostCache, KVLayout
-from gatework.runtime.engine import Engine
+from gatework.runtime.backends.steps import Steps
+from gatework.runtime.engine import Engine, Stage
 
 _GRAPH = "model.onnx"
 _CUDA = "CUDAExecutionProvider"
 _WARNING, _FATAL = 2, 4  # severities of its log; the first is its default
 # Type of a cache: ONNX's number for it, which NumPy's lack of bfloat16 calls for, and bytes.
-_BFLOAT16 = 16
-_CACHE_TYPES = {"tensor(float)": (1, 4), "tensor(float16)": (10, 2), "tensor(bfloat16)": (_BFLOAT16, 2)}
+_FLOAT, _INT64, _FLOAT16, _BFLOAT16 = 1, 7, 10, 16
+_CACHE_TYPES = {"tensor(float)": (_FLOAT, 4), "tensor(float16)": (_FLOAT16, 2), "tensor(bfloat16)": (_BFLOAT16, 2)}
+# The stream between stages has the caches' type; bfloat16 is passed on as it is.
+_STREAM_DTYPES: dict[int, type[np.generic]] = {_FLOAT: np.float32, _FLOAT16: np.float16, _BFLOAT16: np.uint16}
 _CONVERTED = ".float32"  # follows the name of a tap that is of another type
+
+
+@dataclass(frozen=True, slots=True)
+class _Port:
+    """What a graph takes or gives: its name, the size of a row, ONNX's number for its type, and NumPy's type."""
+
+    name: str
+    row: tuple[int, ...]
+    kind: int
+    dtype: type[np.generic]
+
+    def buffer(self, *shape: int) -> np.ndarray:
+        """Zeros for [B, S] rows."""
+        return np.zeros((*shape, *self.row), self.dtype)
 
 
 @dataclass(slots=True)
 class _Step:
     """Buffers of one step's shape [B, S], bound to the session once and refilled in place."""
 
-    ids: np.ndarray  # [B, S] int64
+    x: np.ndarray  # [B, S] int64 tokens, or the stream [B, S, D] that the stage before gave
     positions: np.ndarray  # [B, S] int64
     write_indices: np.ndarray  # [B] int64
     prompts: np.ndarray  # [B] int64, lengths of the rows' prompts
-    logits: np.ndarray  # [B, 1 or S, V] float32
+    y: np.ndarray  # [B, 1 or S, V] float32 logits, or the stream [B, S, D] for the stage behind
     binding: ort.IOBinding
 
-    def bind_inputs(self, names: list[str]) -> None:
+    def bind_inputs(self, x: _Port, names: list[str]) -> None:
         """Bind those inputs that the graph has. Where a GPU computes, this is also what copies them there."""
-        arrays = {"input_ids": self.ids, "position_ids": self.positions, "write_indices": self.write_indices}
-        arrays["prompt_lengths"] = self.prompts
+        self.binding.bind_input(x.name, "cpu", 0, x.kind, self.x.shape, self.x.ctypes.data)
+        arrays = {"position_ids": self.positions, "write_indices": self.write_indices, "prompt_lengths": self.prompts}
         for name, array in arrays.items():
             if name in names:
                 self.binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
 
-    def fill(self, tokens: np.ndarray, starts: np.ndarray) -> None:
-        """tokens [B, S] at positions from starts [B] on."""
-        self.ids[:] = tokens
+    def fill(self, x: np.ndarray, starts: np.ndarray) -> None:
+        """x: tokens or stream, at positions from starts [B] on."""
+        self.x[:] = x
         self.write_indices[:] = starts
-        self.positions[:] = starts[:, None] + np.arange(tokens.shape[1])
+        self.positions[:] = starts[:, None] + np.arange(x.shape[1])
 
 
-class OrtBackend:
-    """Runs an engine's model.onnx.
+class OrtBackend(Steps):
+    """Runs an engine's model.onnx, or that of one of its stages.
+
+    What a stage takes and gives, but at the ends of the engine, is the stream [B, S, D], in `stream_dtype`.
 
     Args:
         engine: an opened engine directory, for the target cpu, onnx or cuda.
@@ -69,6 +89,7 @@ class OrtBackend:
         threads: of ONNX Runtime's pool; default: one for each CPU that this process may use.
         profile: ONNX Runtime times every operator and `session.end_profiling()` writes them to a file of this name's beginning.
         taps: values inside the graph that every step leaves in `tapped`, float32 with the graph's shapes.
+        stage: one of the engine's.
 
     Raises:
         GateworkError: no GPU, or no package, that the engine needs; a graph that ONNX Runtime cannot load.
@@ -82,70 +103,55 @@ class OrtBackend:
         threads: int | None = None,
         profile: Path | None = None,
         taps: Sequence[str] = (),
+        stage: Stage | None = None,
     ) -> None:
-        self.max_batch, self.max_seq = max_batch, engine.limits.max_seq
         self._on_gpu = engine.manifest["target"] == "cuda"
         device = _open_gpu() if self._on_gpu else None
-        self.session, native = _open_session(engine, threads, on_gpu=self._on_gpu, profile=profile, taps=taps)
+        self.session = _open_session(engine, threads, on_gpu=self._on_gpu, profile=profile, taps=taps, stage=stage)
         inputs = {value.name: value for value in self.session.get_inputs()}
         outputs = {output.name: output for output in self.session.get_outputs()}
-        self._all_logits = outputs["logits"].shape[1] != 1
-        self._taps = {tap: tap if tap in outputs else tap + _CONVERTED for tap in taps}  # and their outputs
-        self.tapped: dict[str, np.ndarray] = {}
+        self._taps = {
+            tap: tap + _CONVERTED if tap + _CONVERTED in outputs else tap for tap in taps
+        }  # and their outputs
         self._input_names = list(inputs)
-        self._vocab_size: int = engine.model["vocab_size"]
         names = tuple(name.removeprefix("past.") for name in inputs if name.startswith("past."))
         past = inputs[f"past.{names[0]}"]
         self._cache_type, itemsize = _CACHE_TYPES[past.type]
+        self.stream_dtype = _STREAM_DTYPES[self._cache_type]
+        self._x, self._y = self._ports(engine.model, stage)
         heads, positions, width = past.shape[1:]
         layout = KVLayout(names, max_batch, heads, positions, width, itemsize)
         self._cache: Cache = HostCache(layout) if device is None else DeviceCache(layout, device)
-        self._prompts = np.ones(max_batch, np.int64)  # lengths, by slot
         self._decode_steps: dict[tuple[int, int], _Step] = {}  # (first slot, slots)
-        # ONNX Runtime's 4-bit CPU kernels round one row otherwise than several, so rows together would not give the tokens
-        # that they give alone.
-        self._one_by_one = engine.manifest["precision"] == "int4" and not self._on_gpu and not native
+        all_positions = outputs[self._y.name].shape[1] != 1
+        super().__init__(max_batch, engine.limits.max_seq, all_logits=all_positions, one_by_one=rows_differ(engine))
 
-    def prefill(self, slot: int, tokens: list[int], start: int, prompt: int | None = None) -> np.ndarray:
-        """Run `tokens` at positions start.. of a slot; returns the logits, [V] (or [S, V] from an all-logits graph).
+    def _ports(self, model: dict[str, Any], stage: Stage | None) -> tuple[_Port, _Port]:
+        x = _Port("input_ids", (), _INT64, np.int64)
+        y = _Port("logits", (model["vocab_size"],), _FLOAT, np.float32)
+        if stage is not None and stage.first > 0:
+            x = _Port(stage_input(stage.first), (model["hidden_size"],), self._cache_type, self.stream_dtype)
+        if stage is not None and stage.end < model["num_layers"]:
+            y = _Port(stage_input(stage.end), (model["hidden_size"],), self._cache_type, self.stream_dtype)
+        return x, y
 
-        prompt: length of the whole prompt, if it does not end with these tokens; models with dynamic NTK depend on it.
-        """
-        self._check_room(start + len(tokens))
-        self._prompts[slot] = start + len(tokens) if prompt is None else prompt
-        step = self._bind(slot, 1, len(tokens))
-        step.prompts[:] = self._prompts[slot]
-        logits = self._run(step, np.array([tokens], np.int64), np.array([start], np.int64))[0]
-        return logits if self._all_logits else logits[0]
-
-    def decode(self, tokens: list[int], positions: list[int]) -> np.ndarray:
-        """Advance slot i by tokens[i] at positions[i]; returns logits [n, V], overwritten by the next call of this size."""
-        self._check_room(max(positions) + 1)
-        ids, starts = np.array(tokens, np.int64)[:, None], np.array(positions, np.int64)
-        if not self._one_by_one:
-            return self._decode(0, ids, starts)
-        rows, tapped = [], []
-        for i in range(len(tokens)):
-            rows.append(self._decode(i, ids[i : i + 1], starts[i : i + 1]))
-            tapped.append(self.tapped)
-        self.tapped = {tap: np.concatenate([values[tap] for values in tapped]) for tap in self._taps}
-        return np.concatenate(rows)
-
-    def _decode(self, slot: int, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Advance the slots from `slot` on; ids [n, 1], starts [n]."""
-        key = slot, len(ids)
-        if key not in self._decode_steps:
-            self._decode_steps[key] = self._bind(slot, len(ids), 1)
-        step, prompts = self._decode_steps[key], self._prompts[slot : slot + len(ids)]
-        prompts[starts == 0] = 1  # a sequence that begins with decoding
+    def forward(self, slot: int, x: np.ndarray, starts: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+        """See `Steps`; a stage takes and gives what lies between stages."""
+        batch, length = x.shape[:2]
+        if length > 1:
+            step = self._bind(slot, batch, length)
+        elif (slot, batch) in self._decode_steps:
+            step = self._decode_steps[slot, batch]
+        else:
+            step = self._decode_steps[slot, batch] = self._bind(slot, batch, 1)
         step.prompts[:] = prompts
-        return self._run(step, ids, starts)[:, -1]
+        return self._run(step, x, starts)
 
-    def _run(self, step: _Step, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Fill, run, and return the step's logits, which its next run overwrites."""
-        step.fill(ids, starts)
+    def _run(self, step: _Step, x: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Fill, run, and return what the step gives, which its next run overwrites."""
+        step.fill(x, starts)
         if self._on_gpu:
-            step.bind_inputs(self._input_names)
+            step.bind_inputs(self._x, self._input_names)
             step.binding.synchronize_inputs()
         self.session.run_with_iobinding(step.binding)
         if self._on_gpu:
@@ -153,12 +159,10 @@ class OrtBackend:
         if self._taps:  # bound last
             values = step.binding.get_outputs()[-len(self._taps) :]
             self.tapped = {tap: value.numpy() for tap, value in zip(self._taps, values, strict=True)}
-        return step.logits
+        return step.y
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of a slot's cache to another slot."""
+    def _copy(self, source: int, target: int, length: int) -> None:
         self._cache.move(source, target, length)
-        self._prompts[target] = self._prompts[source]
 
     @property
     def cache_names(self) -> tuple[str, ...]:
@@ -174,28 +178,24 @@ class OrtBackend:
             np.float32
         )
 
-    def _check_room(self, end: int) -> None:
-        assert end <= self.max_seq, f"{end} positions in a cache of {self.max_seq}"
-
     def _bind(self, first_slot: int, batch: int, length: int) -> _Step:
         """Bind inputs, outputs and the cache rows [first_slot, first_slot + batch) to one step's buffers."""
         binding = self.session.io_binding()
-        width = length if self._all_logits else 1
         step = _Step(
-            ids=np.zeros((batch, length), np.int64),
+            x=self._x.buffer(batch, length),
             positions=np.zeros((batch, length), np.int64),
             write_indices=np.zeros(batch, np.int64),
             prompts=np.ones(batch, np.int64),
-            logits=np.zeros((batch, width, self._vocab_size), np.float32),
+            y=self._y.buffer(batch, length if self._all_logits else 1),
             binding=binding,
         )
-        step.bind_inputs(self._input_names)
+        step.bind_inputs(self._x, self._input_names)
         shape = self._cache.layout.shape(batch)
         for name in self._cache.layout.names:
             place = (self._cache.device, 0, self._cache_type, shape, self._cache.address(name, first_slot))
             binding.bind_input(f"past.{name}", *place)
             binding.bind_output(f"present.{name}", *place)
-        binding.bind_output("logits", "cpu", 0, np.float32, step.logits.shape, step.logits.ctypes.data)
+        binding.bind_output(self._y.name, "cpu", 0, self._y.kind, step.y.shape, step.y.ctypes.data)
         for output in self._taps.values():
             binding.bind_output(output, "cpu")
         return step
@@ -213,9 +213,14 @@ def _open_gpu() -> Any:
 
 
 def _open_session(
-    engine: Engine, threads: int | None, *, on_gpu: bool, profile: Path | None, taps: Sequence[str]
-) -> tuple[ort.InferenceSession, bool]:
-    """The session, and whether it uses this package's CPU kernels."""
+    engine: Engine,
+    threads: int | None,
+    *,
+    on_gpu: bool,
+    profile: Path | None,
+    taps: Sequence[str],
+    stage: Stage | None,
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or usable_cpus()
@@ -224,7 +229,12 @@ def _open_session(
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     packed = engine.manifest["target"] == "cpu" and engine.manifest["precision"] != "fp32"
     native = packed and _register_kernels(options, engine)
-    path = engine.path / (engine_format.FALLBACK if packed and not native else _GRAPH)
+    folder = engine.path
+    if stage is not None:
+        folder /= stage_folder(stage.number)
+        # Stages compute in turn: the threads of one must not spin while another works.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    path = folder / (engine_format.FALLBACK if packed and not native else _GRAPH)
     providers: list[Any] = ["CPUExecutionProvider"]
     if on_gpu:
         providers.insert(0, (_CUDA, {"device_id": 0, "use_tf32": 0}))  # float32 means float32
@@ -234,7 +244,7 @@ def _open_session(
     model: Path | bytes = path
     if taps:
         model = _with_outputs(path, taps)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(engine.path))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
         session = ort.InferenceSession(model, options, providers=providers)
     except Exception as error:  # ONNX Runtime raises many unrelated types
@@ -246,7 +256,7 @@ def _open_session(
         fix = "install a GPU driver, and CUDA and cuDNN of the version that onnxruntime-gpu names"
         got = session.get_providers()[0]
         raise GateworkError("ONNX Runtime did not take the GPU", got=got, expected=_CUDA, fix=fix)
-    return session, native
+    return session
 
 
 def _with_outputs(path: Path, taps: Sequence[str]) -> bytes:
@@ -256,18 +266,30 @@ def _with_outputs(path: Path, taps: Sequence[str]) -> bytes:
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
     made = {name for node in graph.node for name in node.output}
-    types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    given = {value.name for value in graph.output}
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
     for tap in taps:
         if tap not in made:
             fix = "build the engine again"
             raise GateworkError(f"{path} has no value of this name to compare", expected=tap, fix=fix)
         output = tap
-        if types[tap] != onnx.TensorProto.FLOAT:
+        if types[tap] != onnx.TensorProto.FLOAT or tap in given:
             output = tap + _CONVERTED
             graph.node.append(onnx.helper.make_node("Cast", [tap], [output], to=onnx.TensorProto.FLOAT))
         graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
     content: bytes = model.SerializeToString()
     return content
+
+
+def rows_differ(engine: Engine) -> bool:
+    """Whether rows together would not give the tokens that they give alone.
+
+    ONNX Runtime's 4-bit CPU kernels, which run where there are none of this package's, round one row otherwise than several.
+    """
+    if engine.manifest["precision"] != "int4" or engine.manifest["target"] == "cuda":
+        return False
+    library = cpu_ops.find_library()
+    return library is None or not ort.__version__.startswith(cpu_ops.ORT_VERSIONS)
 
 
 def _register_kernels(options: ort.SessionOptions, engine: Engine) -> bool:
@@ -282,7 +304,7 @@ def _register_kernels(options: ort.SessionOptions, engine: Engine) -> bool:
     else:
         tested = " and ".join(cpu_ops.ORT_VERSIONS)
         reason = f"gatework's CPU kernels were tested with ONNX Runtime {tested}, and this is {ort.__version__}"
-    if engine_format.FALLBACK not in engine.manifest["files"]:
+    if not any(Path(name).name == engine_format.FALLBACK for name in engine.manifest["files"]):
         fix = "install a C++ compiler and gatework again, or build with --precision fp32"
         raise GateworkError(f"{engine.path} needs gatework's CPU kernels: {reason}", fix=fix)
     warnings.warn(f"{reason}; ONNX Runtime's are used, which are slower", stacklevel=2)  # shown once

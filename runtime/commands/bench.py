@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from gatework.runtime.commands.common import Commands, add_command, positive
+from gatework.runtime.commands.common import Commands, add_command, add_stage_processes, positive
 from gatework.runtime.formatting import size, table
 
 _ABOUT = """
@@ -31,13 +31,22 @@ def add(commands: Commands) -> None:
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once (default: 1)")
     parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="repetitions (default: 3)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
+    add_stage_processes(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print."""
     from gatework.runtime.bench import bench
 
-    result = bench(args.engine, args.prompt_tokens, args.new_tokens, args.batch, args.repeat, args.threads)
+    result = bench(
+        args.engine,
+        args.prompt_tokens,
+        args.new_tokens,
+        args.batch,
+        args.repeat,
+        args.threads,
+        stage_processes=args.stage_processes,
+    )
     weights = size(result["weight_bytes_per_token"])
     rows = [
         ("load", f"{result['load_s']:g} s", ""),

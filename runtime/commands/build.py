@@ -24,12 +24,16 @@ _ABOUT = """
     a100, ada and rtx50 are built by TensorRT-RTX on any machine, or by TensorRT on such a GPU; h100 and h200 by TensorRT
     on such a GPU. int8 and fp8 of these need --calibration. Engines with experts hold their GPU kernels, compiled by Triton
     on any machine (pip install 'gatework[triton]').
+
+    --stages N is for models that no single device holds: N graphs with their weights, each of some whole layers, which run in
+    turn in one process, or each in a process of its own (gatework generate --stage-processes).
 """
 _EXAMPLES = """
     gatework build examples/tiny-mixtral --precision int8 --out engines/tiny
     gatework build Mixtral-8x7B-v0.1 --precision int4 --max-seq 8192 --max-batch 4 --out engines/mixtral
     gatework build examples/tiny-mixtral --precision int4 --group-size 64 --out engines/tiny --force
     gatework build examples/tiny-mixtral --target cuda --precision bf16 --out engines/tiny-cuda
+    gatework build dbrx-base --target cuda --precision bf16 --stages 4 --out engines/dbrx
     gatework build examples/tiny-mixtral --target a100 --precision bf16 --out engines/tiny-a100
     gatework build Mixtral-8x7B-v0.1 --target a100 --precision int8 --calibration mixtral.json --out engines/mixtral-a100
 """
@@ -40,6 +44,7 @@ _SETTINGS: tuple[str, ...] = (
     "max_batch",
     "prefill_chunk",
     "group_size",
+    "stages",
     "toolchain",
     "calibration",
 )
@@ -63,6 +68,9 @@ def add(commands: Commands) -> None:
         type=int,
         metavar="N",
         help="weights that share a scale (default: cpu and cuda 128 for int8, 32 for int4; else 128 for int4)",
+    )
+    parser.add_argument(
+        "--stages", type=int, metavar="N", help="cut the model at layer boundaries into N parts (cpu, cuda; default: 1)"
     )
     parser.add_argument("--force", action="store_true", help="replace an engine that stands at DIR")
     parser.add_argument(

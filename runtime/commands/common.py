@@ -43,6 +43,15 @@ def positive(text: str) -> int:
     return value
 
 
+def add_stage_processes(parser: argparse.ArgumentParser) -> None:
+    """The option of that name."""
+    parser.add_argument(
+        "--stage-processes",
+        action="store_true",
+        help="run each stage of an engine built with --stages in a process of its own (needs PyTorch)",
+    )
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 file's text; GateworkError where it is not UTF-8, OSError where it cannot be read."""
     try:

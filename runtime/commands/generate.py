@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gatework.plugins.errors import GateworkError
-from gatework.runtime.commands.common import Commands, add_command, positive, read_text
+from gatework.runtime.commands.common import Commands, add_command, add_stage_processes, positive, read_text
 
 if TYPE_CHECKING:
     from gatework.runtime.llm import LLM, Completion, Prompt
@@ -26,6 +26,7 @@ _EXAMPLES = """
     gatework generate engines/tiny --prompt "import " --prompt "class " --json
     gatework generate engines/tiny --file prompt.txt --temperature 0.8 --top-p 0.95 --seed 1
     gatework generate engines/mixtral-instruct --system "Be brief." --chat "What is a router?"
+    gatework generate engines/dbrx-in-stages --stage-processes --prompt "The gate opens"
     gatework generate engines/random --prompt-ids 1,5,7 --ignore-eos --logprobs 3
 """
 
@@ -57,6 +58,7 @@ def add(commands: Commands) -> None:
     output.add_argument("--logprobs", type=int, metavar="N", help="list each token with its N best alternatives")
     output.add_argument("--json", action="store_true", help="one JSON object per prompt and line")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
+    add_stage_processes(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +73,12 @@ def run(args: argparse.Namespace) -> int:
         **{name: getattr(args, name) for name in (*names, "seed", "stop", "ignore_eos", "logprobs")}
     )
     texts = _texts(args)
-    llm = LLM(args.engine, threads=args.threads)
+    with LLM(args.engine, threads=args.threads, stage_processes=args.stage_processes) as llm:
+        _generate(llm, args, texts, params)
+    return 0
+
+
+def _generate(llm: LLM, args: argparse.Namespace, texts: list[str], params: SamplingParams) -> None:
     prompts = _chat(llm, args) if args.chat is not None else texts if args.prompt_ids is None else args.prompt_ids
     if args.json:
         for completion in llm.generate(prompts, params):
@@ -83,7 +90,6 @@ def run(args: argparse.Namespace) -> int:
             if len(prompts) > 1:
                 print(f"[{number}]")
             _print_completion(llm, completion, args.echo)
-    return 0
 
 
 def _ids(text: str) -> list[int]:

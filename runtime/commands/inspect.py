@@ -64,6 +64,7 @@ def _read_engine(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     engine = Engine.open(path, check="sizes")
     names = ("format_version", "gatework_version", "target", "precision", "limits", "weight_bytes", "toolchain")
     about = {name: engine.manifest[name] for name in names}
+    about["stages"] = engine.manifest.get(engine_format.STAGES, [])
     about["files"] = {name: facts["size"] for name, facts in engine.manifest["files"].items()}
     return ModelConfig.from_dict(engine.model), {"kind": "engine", "engine": about}
 
@@ -188,6 +189,7 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
 def _engine_rows(config: ModelConfig, engine: dict[str, Any]) -> list[tuple[str, str]]:
     limits, weights = engine["limits"], engine["weight_bytes"]
     positions = limits["max_batch"] * limits["max_seq"]
+    stages = [_stage_row(config, number, stage) for number, stage in enumerate(engine["stages"])]
     return [
         ("built for", f"{engine['target']}, {engine['precision']}"),
         (
@@ -196,9 +198,18 @@ def _engine_rows(config: ModelConfig, engine: dict[str, Any]) -> list[tuple[str,
         ),
         ("weights", f"{size(weights['total'])}, of which a decoded token reads {size(weights['per_token'])}"),
         ("KV cache when full", size(positions * config.kv_bytes_per_token(_value_bytes(engine)))),
+        *stages,
         ("files", ", ".join(f"{name} {size(nbytes)}" for name, nbytes in _listed(engine["files"]).items())),
         ("built with", ", ".join(f"{tool} {version}" for tool, version in engine["toolchain"].items())),
     ]
+
+
+def _stage_row(config: ModelConfig, number: int, stage: dict[str, Any]) -> tuple[str, str]:
+    first, end = stage["layers"]
+    parts = ["embedding"] if first == 0 else []
+    parts.append(f"layer {first}" if end - first == 1 else f"layers {first} to {end - 1}")
+    parts += ["head"] if end == config.num_layers else []
+    return f"stage {number}", f"{', '.join(parts)}: {size(stage['weight_bytes']['total'])}"
 
 
 def _listed(files: dict[str, int]) -> dict[str, int]:

@@ -170,7 +170,11 @@ def position_stale(run: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     """The second position of a slot keeps what the sequence before left there."""
 
     def stale(self: ort.OrtBackend, step: Any, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        before = {(name, slot): keys(self, name, slot)[:, 1].copy() for name in self.cache_names for slot in range(self.max_batch)}
+        before = {
+            (name, slot): keys(self, name, slot)[:, 1].copy()
+            for name in self.cache_names
+            for slot in range(self.max_batch)
+        }
         logits = run(self, step, ids, starts)
         for (name, slot), old in before.items():
             if old.any():
