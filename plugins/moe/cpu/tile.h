@@ -111,41 +111,46 @@ void product(const Columns& k, const Block& block, const Token* x, int tokens, f
 // Rounds to the nearest integer, halves to even, as long as |x| < 2^22; the integer is in the low bits of the result.
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
 
-// Columns in the order in which a step of 4-bit weights reads them: of each eight the even ones, then the odd ones.
-inline int in_step(int i) { return (i & ~7) | (i & 1) << 2 | (i & 6) >> 1; }
+constexpr int kBatch = 256;  // numbers quantised at once, in arrays of their own, so that a compiler knows that nothing overlaps
 
-inline void store_bytes(const Columns& k, const int32_t* codes, int8_t* place) {
-  int8_t bytes[16];
-  if (k.bits == 4)
-    for (int i = 0; i < 16; ++i) bytes[in_step(i)] = int8_t(codes[i]);
-  else
-    for (int i = 0; i < 16; ++i) bytes[i] = int8_t(codes[i]);
-  std::memcpy(place, bytes, sizeof bytes);
+// The low bytes of n codes, with 4-bit weights in the order of a step: of each eight the even ones, then the odd ones.
+inline void store_bytes(const Columns& k, const int32_t* codes, int n, int8_t* place) {
+  int8_t bytes[kBatch];
+  if (k.bits == 4) {
+    for (int i = 0; i < n; i += 8)
+      for (int j = 0; j < 4; ++j) {
+        bytes[i + j] = int8_t(codes[i + 2 * j]);
+        bytes[i + 4 + j] = int8_t(codes[i + 2 * j + 1]);
+      }
+  } else {
+    for (int i = 0; i < n; ++i) bytes[i] = int8_t(codes[i]);
+  }
+  std::memcpy(place, bytes, n);
 }
 
-// Where activations of a group go, sixteen at a time. Small arrays of its own let the compiler know that nothing overlaps.
+// Writes n rounded numbers from column `place` on; returns the sum of what stands for them.
 template <class Isa>
-inline int32_t store_codes(const Columns& k, const int32_t* rounded, int8_t* codes, int place) {
+inline int32_t store_codes(const Columns& k, const int32_t* rounded, int n, int8_t* codes, int place) {
   int32_t sum = 0;
-  if (k.wide) {
-    int32_t high[16], low[16];
-    for (int i = 0; i < 16; ++i) {
-      high[i] = (rounded[i] + 128) >> 8;
-      low[i] = rounded[i] - 256 * high[i] < -127 ? -127 : rounded[i] - 256 * high[i];  // -128 has no positive twin
-      sum += 256 * high[i] + low[i];
-    }
-    if (k.bits == 8 && Isa::kWords) {
-      int16_t words[16];
-      for (int i = 0; i < 16; ++i) words[i] = int16_t(256 * high[i] + low[i]);
-      for (int i = 0; i < 16; i += 4) std::swap(words[i + 1], words[i + 2]);
-      std::memcpy(reinterpret_cast<int16_t*>(codes) + place, words, sizeof words);
-      return sum;
-    }
-    store_bytes(k, high, codes + place);
-    store_bytes(k, low, codes + k.padded() + place);
+  if (!k.wide) {
+    for (int i = 0; i < n; ++i) sum += rounded[i];
+    store_bytes(k, rounded, n, codes + place);
+    return sum;
+  }
+  int32_t high[kBatch], low[kBatch];
+  for (int i = 0; i < n; ++i) {
+    high[i] = (rounded[i] + 128) >> 8;
+    low[i] = std::max(rounded[i] - 256 * high[i], -127);  // -128 has no positive twin
+    sum += 256 * high[i] + low[i];
+  }
+  if (k.bits == 8 && Isa::kWords) {
+    int16_t words[kBatch];
+    for (int i = 0; i < n; ++i) words[i] = int16_t(256 * high[i] + low[i]);
+    for (int i = 0; i < n; i += 4) std::swap(words[i + 1], words[i + 2]);
+    std::memcpy(reinterpret_cast<int16_t*>(codes) + place, words, n * sizeof *words);
   } else {
-    for (int i = 0; i < 16; ++i) sum += rounded[i];
-    store_bytes(k, rounded, codes + place);
+    store_bytes(k, high, n, codes + place);
+    store_bytes(k, low, n, codes + k.padded() + place);
   }
   return sum;
 }
@@ -155,28 +160,22 @@ void quantize(const Columns& k, const float* x, int8_t* codes, float* scales, in
   const float largest_code = k.wide ? 127.0f * 256.0f : 127.0f;
   for (int g = 0, start = 0; start < k.count; ++g, start += k.group) {
     const int count = std::min(k.group, k.count - start);
-    int32_t tops[16] = {};  // the largest magnitudes' bits, whose order is that of the numbers
-    for (int first = 0; first < count; first += 16) {
-      const int some = std::min(16, count - first);
-      for (int i = 0; i < some; ++i) {
-        const int32_t size = bits_of(x[start + first + i]) & 0x7fffffff;
-        tops[i] = size > tops[i] ? size : tops[i];
-      }
-    }
-    const int32_t top = *std::max_element(tops, tops + 16);
+    int32_t top = 0;  // the largest magnitude's bits, whose order is that of the numbers
+    for (int i = start; i < start + count; ++i) top = std::max(top, bits_of(x[i]) & 0x7fffffff);
     const float largest = float_of(top);
     const bool finite = top < 0x7f800000;
     const float inverse = finite && largest > 1e-30f ? largest_code / largest : 0.0f;
     scales[g] = inverse > 0.0f ? largest / largest_code : finite ? 0.0f : NAN;
-    int32_t sum = 0;
-    for (int first = 0; first < k.group; first += 16) {
-      float values[16] = {};
-      int32_t rounded[16];
-      if (first < count) std::memcpy(values, x + start + first, sizeof(float) * std::min(16, count - first));
-      for (int i = 0; i < 16; ++i) rounded[i] = bits_of(values[i] * inverse + kRounder) - bits_of(kRounder);
-      sum += store_codes<Isa>(k, rounded, codes, start + first);
+    sums[g] = 0;
+    for (int first = 0; first < k.group; first += kBatch) {
+      const int n = std::min(kBatch, k.group - first), given = std::max(0, std::min(n, count - first));
+      float values[kBatch];
+      int32_t rounded[kBatch];
+      std::copy_n(x + start + first, given, values);
+      std::fill_n(values + given, n - given, 0.0f);
+      for (int i = 0; i < n; ++i) rounded[i] = bits_of(values[i] * inverse + kRounder) - bits_of(kRounder);
+      sums[g] += store_codes<Isa>(k, rounded, n, codes, start + first);
     }
-    sums[g] = sum;
   }
 }
 
