@@ -201,7 +201,7 @@ class LayerwiseReference:
             load_weights(mlp, self.checkpoint, f"{prefix}mlp.")
             branch = mlp(own_x)
             if read is not None:
-                yield self._compare(engine, i, "mlp", lambda _: mlp(read), branch)
+                yield self._compare(engine, i, "mlp", lambda _: mlp(read), branch, self._form.feed_forward)
         else:
             moe = cast(MoE, layer.moe)
             load_weights(moe.router, self.checkpoint, f"{prefix}moe.router.")
@@ -212,7 +212,7 @@ class LayerwiseReference:
                 yield self._compare(engine, i, "router", lambda _: moe.router(read), own_logits, self._form.floats)
                 rows, logits = engine.rows(f"{prefix}router")
                 x = read[rows]
-                roundings = [Rounding(self._form.experts, self._generator) for _ in range(_DRAWS)]
+                roundings = [Rounding(self._form.feed_forward, self._generator) for _ in range(_DRAWS)]
                 branch, want, *off = self._experts(
                     i, [(own_x, own_logits, None), (x, logits, None), *((x, logits, each) for each in roundings)]
                 )
@@ -224,7 +224,9 @@ class LayerwiseReference:
                 own_shared = moe.shared(own_x)
                 branch = branch + own_shared
                 if read is not None:
-                    yield self._compare(engine, i, "shared", _shared(moe.shared, read), own_shared)
+                    yield self._compare(
+                        engine, i, "shared", _shared(moe.shared, read), own_shared, self._form.feed_forward
+                    )
         self._own.hidden = middle + layer.ffn_post_norm(branch[None])
         if residual is not None:
             found, added = engine.rows(f"{prefix}{'experts' if config.has_experts(i) else 'mlp'}")
@@ -243,7 +245,13 @@ class LayerwiseReference:
         if tapped:
             rows, routed = engine.rows(f"layers.{i}.routed")
             yield self._compare(
-                engine, i, "extra", lambda _: layer.extra_mlp(layer.extra_norm(routed)), branch[0], rows=rows
+                engine,
+                i,
+                "extra",
+                lambda _: layer.extra_mlp(layer.extra_norm(routed)),
+                branch[0],
+                self._form.feed_forward,
+                rows=rows,
             )
             added = engine.rows(f"layers.{i}.extra")[1]
             yield self._compare(engine, i, "output", total(routed, added), self._own.hidden[0], rows=rows)

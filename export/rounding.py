@@ -30,7 +30,7 @@ class Format:
     """How an engine holds numbers.
 
     unit: roundoff of activations, 0.5 ulp. bits: of weights, and of the activations that meet them where `dynamic`; 0: floats.
-    group: consecutive weights of a row that share a scale, at most. wide: activations have 16 bits where weights have 8.
+    group: consecutive weights of a row that share a scale, at most. wide: attention and head take 16 bits where weights have 8.
     """
 
     unit: float
@@ -40,8 +40,8 @@ class Format:
     wide: bool = False
 
     @property
-    def experts(self) -> Format:
-        """Of experts, where no activations are taken for wide: those of the first product are not."""
+    def feed_forward(self) -> Format:
+        """Of experts and MLPs, whose first product at least takes narrow activations."""
         return replace(self, wide=False)
 
     @property

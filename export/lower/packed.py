@@ -62,7 +62,13 @@ def to_packed_matmul(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Mode
         outputs = _specs(name, codes, scales)
         encode = partial(encode_blocks, bits=width, group=size)
         packed = add_packed(model.graph, Pack(pack.sources, outputs, encode))
-        settings = {"N": N, "K": K, "bits": width, "group_size": size, "wide": int(width == WIDE_BITS)}
+        settings = {
+            "N": N,
+            "K": K,
+            "bits": width,
+            "group_size": size,
+            "wide": int(width == WIDE_BITS and (name == _HEAD or ".attn." in name)),
+        }
         (y,) = Builder(model.graph, node).op(cpu_ops.MATMUL, node.inputs[0], *packed, domain=DOMAIN, **settings)
         replace(node.outputs[0], y)
         modified = True

@@ -49,9 +49,7 @@ MATMUL, MOE, ATTENTION = "PackedMatMul", "PackedMoE", "CachedAttention"
 PATHS = ("avx512_vnni", "avx_vnni", "avx2", "neon", "portable")
 BLOCK_ROWS = 16
 STEP_BYTES = 4  # of a row
-WIDE_BITS = (
-    8  # weights of so many bits, outside of experts, meet activations of 16; 4-bit weights cost more than 8-bit ones
-)
+WIDE_BITS = 8  # weights of so many bits in attention and head meet activations of 16 bits
 # Releases of ONNX Runtime whose C API the library was tested with; it is used with no others.
 ORT_VERSIONS = ("1.32",)
 _NAME = "libgatework_cpu.so"
