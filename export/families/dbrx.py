@@ -65,9 +65,7 @@ def rope_theta(fields: Fields, attention: Fields) -> float:
 def weight_map(config: ModelConfig) -> WeightMap:
     """Where a DBRX checkpoint keeps every canonical weight: QKV fused, all experts of a layer stacked."""
     shapes = config.tensor_shapes()
-    names = {"embed.weight": "transformer.wte.weight", "norm.weight": "transformer.norm_f.weight"}
-    if not config.tie_embeddings:
-        names["lm_head.weight"] = "lm_head.weight"
+    names = layouts.ends(config, "transformer.wte.weight", "transformer.norm_f.weight")
     weights: WeightMap = {}
     for i in range(config.num_layers):
         ours, theirs = f"layers.{i}", f"transformer.blocks.{i}"

@@ -175,9 +175,7 @@ def projections_weight_map(config: ModelConfig) -> WeightMap:
 
 def _weight_map(config: ModelConfig, moe: str, expert_parts: tuple[str, str, str]) -> WeightMap:
     shapes = config.tensor_shapes()
-    names = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
-    if not config.tie_embeddings:
-        names["lm_head.weight"] = "lm_head.weight"
+    names = layouts.ends(config, "model.embed_tokens.weight", "model.norm.weight")
     weights: WeightMap = {}
     for i in range(config.num_layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"

@@ -11,6 +11,12 @@ def whole(shape: tuple[int, ...], name: str, rope_heads: int = 0) -> Weight:
     return Weight(shape, (Piece(name=name, shape=shape, rope_heads=rope_heads),))
 
 
+def ends(config: ModelConfig, embed: str, norm: str) -> dict[str, str]:
+    """Names of the embedding, of the norm after the last layer and, unless tied, of the head; those of layers come on top."""
+    names = {"embed.weight": embed, "norm.weight": norm}
+    return names if config.tie_embeddings else names | {"lm_head.weight": "lm_head.weight"}
+
+
 def mlp(config: ModelConfig, ours: str, gate: str, up: str, down: str) -> WeightMap:
     """Dense feed-forward weights of layer `ours`: gate and up [I, D], down [D, I]."""
     return gated(f"{ours}.mlp", config.hidden_size, config.intermediate_size, gate, up, down)

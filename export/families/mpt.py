@@ -88,9 +88,7 @@ def mlp_width(fields: Fields, hidden_size: int) -> int:
 def weight_map(config: ModelConfig) -> WeightMap:
     """Where an MPT checkpoint keeps every canonical weight."""
     shapes = config.tensor_shapes()
-    names = {"embed.weight": "transformer.wte.weight", "norm.weight": "transformer.norm_f.weight"}
-    if not config.tie_embeddings:
-        names["lm_head.weight"] = "lm_head.weight"
+    names = layouts.ends(config, "transformer.wte.weight", "transformer.norm_f.weight")
     weights: WeightMap = {}
     for i in range(config.num_layers):
         ours, theirs = f"layers.{i}", f"transformer.blocks.{i}"

@@ -49,9 +49,7 @@ def read_config(raw: dict[str, Any]) -> ModelConfig:
 def weight_map(config: ModelConfig) -> WeightMap:
     """Where the checkpoint keeps every canonical weight: dense matrices (out, in), those of experts stacked and (in, out)."""
     shapes = config.tensor_shapes()
-    names = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
-    if not config.tie_embeddings:
-        names["lm_head.weight"] = "lm_head.weight"
+    names = layouts.ends(config, "model.embed_tokens.weight", "model.norm.weight")
     weights: WeightMap = {}
     for i in range(config.num_layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"

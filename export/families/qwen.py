@@ -93,9 +93,7 @@ def head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
 def weight_map(config: ModelConfig) -> WeightMap:
     """Where a Qwen checkpoint keeps every canonical weight: QKV fused, w2 the gate and w1 what it multiplies."""
     shapes = config.tensor_shapes()
-    names = {"embed.weight": "transformer.wte.weight", "norm.weight": "transformer.ln_f.weight"}
-    if not config.tie_embeddings:
-        names["lm_head.weight"] = "lm_head.weight"
+    names = layouts.ends(config, "transformer.wte.weight", "transformer.ln_f.weight")
     weights: WeightMap = {}
     for i in range(config.num_layers):
         ours, theirs = f"layers.{i}", f"transformer.h.{i}"
