@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +36,14 @@ class SafetensorsWriter:
         self._base = 8 + len(blob)
         self._filled = dict.fromkeys(self._entries, 0)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._blocks = _Blocks(self._fd, self._base + end)
         try:
             _reserve(self._fd, self._base + end)
-            _write_at(self._fd, len(blob).to_bytes(8, "little") + blob, 0)
+            self._blocks.write(memoryview(len(blob).to_bytes(8, "little") + blob), 0)
+            for name, entry in header.items():
+                if name not in self._entries:
+                    start, stop = entry["data_offsets"]
+                    self._blocks.write(memoryview(bytes(stop - start)), self._base + start)
         except OSError as error:
             os.close(self._fd)
             raise disk_error(error, path, self._base + end) from None
@@ -50,6 +56,7 @@ class SafetensorsWriter:
         if kind is None:
             for name, (_, size) in self._entries.items():
                 assert self._filled[name] == size, f"{name}: {self._filled[name]} of {size} bytes written"
+            assert not self._blocks.open, "a block was not written"
 
     def append(self, name: str, part: Tensor) -> None:
         """Write the next bytes of a tensor."""
@@ -57,7 +64,7 @@ class SafetensorsWriter:
         offset, size = self._entries[name]
         assert self._filled[name] + len(data) <= size, f"{name}: more data than its shape holds"
         try:
-            _write_at(self._fd, data, self._base + offset + self._filled[name])
+            self._blocks.write(data, self._base + offset + self._filled[name])
         except OSError as error:
             raise disk_error(error, self.path, size) from None
         self._filled[name] += len(data)
@@ -68,12 +75,47 @@ class SafetensorsWriter:
         return self._base + offset, size
 
 
+class _Blocks:
+    """Writes a file of `size` bytes, each byte once and in any order, in whole blocks of 2 MiB.
+
+    Linux keeps what one such write brings as one huge page, if the file system can (ext4 since 6.16, XFS): weights mapped
+    from the file are then read with fewer misses of the TLB, which is a tenth and more of a decode step.
+    """
+
+    SIZE = 2 << 20
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._fd, self._size = fd, size
+        self.open: dict[int, tuple[bytearray, int]] = {}  # by number: the bytes of a block, how many are missing
+
+    def write(self, data: memoryview, offset: int) -> None:
+        data = data.cast("B")
+        while data:
+            number, start = divmod(offset, self.SIZE)
+            piece = data[: self.SIZE - start]
+            self._fill(number, start, piece)
+            data, offset = data[len(piece) :], offset + len(piece)
+
+    def _fill(self, number: int, start: int, piece: memoryview) -> None:
+        first = number * self.SIZE
+        size = min(self.SIZE, self._size - first)
+        if len(piece) == size:
+            _write_at(self._fd, piece, first)
+            return
+        block, missing = self.open.pop(number, None) or (bytearray(size), size)
+        block[start : start + len(piece)] = piece
+        if missing > len(piece):
+            self.open[number] = block, missing - len(piece)
+        else:
+            _write_at(self._fd, memoryview(block), first)
+
+
 def _layout(
     specs: Iterable[TensorSpec], align: int
-) -> tuple[dict[str, tuple[int, int]], dict[str, dict[str, object]], int]:
+) -> tuple[dict[str, tuple[int, int]], dict[str, dict[str, Any]], int]:
     """Offset and size of every tensor, the file's JSON header, and the end of the data."""
     entries: dict[str, tuple[int, int]] = {}
-    header: dict[str, dict[str, object]] = {}
+    header: dict[str, dict[str, Any]] = {}
     end = 0
     for spec in specs:
         if gap := -end % align:
@@ -95,8 +137,7 @@ def _reserve(fd: int, size: int) -> None:
         os.truncate(fd, size)
 
 
-def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data).cast("B")
+def _write_at(fd: int, view: memoryview, offset: int) -> None:
     while view:
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -189,6 +190,29 @@ def test_writer_places_every_tensor(tmp_path: Path) -> None:
     loaded = load_file(path)
     for name, tensor in tensors.items():
         assert torch.equal(loaded[name], tensor)
+
+
+def test_writer_writes_blocks_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order and sizes of parts: the system is asked to write once per 2 MiB, of which it can make a huge page."""
+    torch.manual_seed(0)
+    tensors = {
+        name: torch.randint(0, 255, (rows, 10_007), dtype=torch.uint8)
+        for name, rows in (("a", 700), ("b", 90), ("c", 3))
+    }
+    path = tmp_path / "out.safetensors"
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    sizes = []
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: (sizes.append(len(data)), pwrite(fd, data, offset))[1])
+    with SafetensorsWriter(path, specs, align=4096) as writer:
+        writer.append("c", tensors["c"])
+        for rows in range(10):
+            for name in ("a", "b"):
+                writer.append(name, tensors[name].tensor_split(10)[rows])
+    assert sum(sizes) == path.stat().st_size
+    assert len(sizes) == math.ceil(path.stat().st_size / (2 << 20))
+    loaded = load_file(path)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 def test_writer_refuses_a_disk_that_is_too_small(tmp_path: Path) -> None:
