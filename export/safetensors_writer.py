@@ -102,7 +102,7 @@ class _Blocks:
         if len(piece) == size:
             _write_at(self._fd, piece, first)
             return
-        block, missing = self.open.pop(number, None) or (bytearray(size), size)
+        block, missing = self.open.pop(number) if number in self.open else (bytearray(size), size)
         block[start : start + len(piece)] = piece
         if missing > len(piece):
             self.open[number] = block, missing - len(piece)
