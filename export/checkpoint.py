@@ -13,10 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from gatework.export import ckpt
+from gatework.export import ckpt, mxfp4
 from gatework.export import folder as folders
 from gatework.export.config import Dtype, ModelConfig
-from gatework.export.families import FAMILIES, family_of, grok1, openmoe, params_json
+from gatework.export.families import FAMILIES, family_of, gpt_oss, grok1, openmoe, params_json
 from gatework.export.families.fields import Fields
 from gatework.export.sources import Source, find_source
 from gatework.export.stored import TORCH_DTYPES, Stored
@@ -103,7 +103,11 @@ class Checkpoint:
         source = find_source(path)
         if source.layout == "hf":
             config = read_hf_config(path)
-            weights = FAMILIES[config.family].weight_map(config)
+            if mxfp4.is_packed(source.tensors):
+                weights = gpt_oss.mxfp4_weight_map(config)
+                source = replace(source, tensors=mxfp4.unpacked(source.tensors))
+            else:
+                weights = FAMILIES[config.family].weight_map(config)
         elif source.layout == "t5x":
             config = read_hf_config(path)
             weights = openmoe.t5x_weight_map(config)
@@ -124,12 +128,18 @@ class Checkpoint:
     @property
     def stored_as(self) -> str:
         """In words, how the files hold most weights."""
+        if self._mxfp4:
+            return "MXFP4 experts"
         return "int8 with scales" if self._scaled else self.config.dtype
 
     @property
     def stored_bytes(self) -> int:
         """Bytes that the weights take in the files."""
-        return sum(path.stat().st_size for path in self.source.files) if self._scaled else self.nbytes
+        return sum(path.stat().st_size for path in self.source.files) if self._scaled or self._mxfp4 else self.nbytes
+
+    @property
+    def _mxfp4(self) -> bool:
+        return any(isinstance(tensor, mxfp4.MxTensor) for tensor in self.source.tensors.values())
 
     @property
     def _scaled(self) -> bool:
@@ -257,17 +267,24 @@ def piece_rows(piece: Piece) -> int:
     """Rows that a piece contributes to its weight."""
     if piece.transpose:
         return piece.shape[-1]
+    if len(piece.shape) == 3:
+        first, last = piece.rows or (0, piece.shape[0])
+        return (last - first) * piece.shape[1]
     return piece.shape[0] if piece.rows is None else piece.rows[1] - piece.rows[0]
 
 
 def read_piece(piece: Piece, stored: Stored, out: Tensor, start: int) -> None:
     """Fill `out` [n, ...] with rows start to start + n of the piece, which see for the steps."""
     first, last = piece.rows or (0, piece.shape[0])
-    if piece.transpose:
+    if piece.transpose or piece.interleaved or len(piece.shape) == 3:
         assert not piece.rope_heads, piece
         block = torch.empty((last - first, *piece.shape[1:]), dtype=out.dtype)
         stored.read_into(block, first)
-        out.copy_(block.flatten(0, -2)[:, start : start + out.shape[0]].t())
+        rows = block.flatten(0, -2).t() if piece.transpose else block.flatten(0, -2)
+        if piece.interleaved:
+            axis = 0 if len(piece.shape) == 3 else 1
+            rows = rows.unflatten(axis, (-1, 2)).transpose(axis, axis + 1).flatten(axis, axis + 1)
+        out.copy_(rows[start : start + out.shape[0]])
     elif piece.rope_heads:
         Dh = (last - first) // piece.rope_heads
         head, stop = start // Dh * Dh, -(-(start + out.shape[0]) // Dh) * Dh  # whole heads around the rows asked for

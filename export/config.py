@@ -6,16 +6,18 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+from gatework.export.yarn import YarnConfig
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import GLU_MATRICES, Activation, Glu
 
 MAX_SIZE = 1 << 24  # of any dimension: 64 times the largest vocabulary, more than the longest context
 MAX_LAYERS = 1_000
+MAX_GATE = 1e4
 MAX_EXPERTS = 50_000  # over all layers: a weight map is made before any tensor is looked at
 
 Norm = Literal["rms", "layer"]
 QKNorm = Literal["head", "width"]
-Bias = Literal["qkv", "all"]
+Bias = Literal["qkv", "attn", "all"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -25,12 +27,18 @@ class MoEConfig:
 
     renormalize: the K chosen scores are divided by their sum (Mixtral, DBRX).
     shared_width: of an expert besides, which every token goes through, weighed by the sigmoid of a score of its own.
+    bias: the router and both products of an expert add one.
+    alpha, beta, limit: of the experts' gates, see `gatework.plugins.moe.spec.MoEAttributes`.
     """
 
     num_experts: int
     top_k: int
     renormalize: bool = True
     shared_width: int | None = None
+    bias: bool = False
+    alpha: float = 1.0
+    beta: float = 0.0
+    limit: float = 0.0
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
@@ -41,6 +49,19 @@ class MoEConfig:
             )
         if self.shared_width is not None and not 1 <= self.shared_width <= MAX_SIZE:
             raise GateworkError("shared_width is out of range", got=self.shared_width, expected=f"1 to {MAX_SIZE}")
+        for name in ("alpha", "beta", "limit"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 <= value <= MAX_GATE):
+                raise GateworkError(
+                    f"{name} of the gates is out of range", got=repr(value), expected=f"0 to {MAX_GATE}"
+                )
+        if self.has_own_gates and self.shared_width is not None:
+            raise GateworkError("a shared expert has plain gates", got=f"alpha, beta or limit, and {self.shared_width}")
+
+    @property
+    def has_own_gates(self) -> bool:
+        """Whether gates differ from those of dense layers."""
+        return (self.alpha, self.beta, self.limit) != (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,13 +85,16 @@ class ModelConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     sliding_window: int | None = None  # W keys are visible, the query's own position included
+    full_attention: tuple[int, ...] = ()  # layers that see all keys all the same
+    attn_sinks: bool = False  # one more logit per head, learned, in the softmax, for a key without a value
+    yarn: YarnConfig | None = None
     qk_norm: QKNorm | None = None  # RMS norm of q and k before RoPE: of each head by itself, or of all heads as one
     rope_dim: int | None = None  # the first so many values of a head rotate; none: all of them
     ntk_length: int | None = None  # prompts longer than this rotate by a larger base (dynamic NTK)
     logn_length: int | None = None  # queries beyond it are multiplied by the logarithm of their position, to this base
     alibi_bias_max: float | None = None  # ALiBi in the place of rotation: the last head's slope is 2^-max
     qkv_clip: float | None = None  # clamp q, k and v to [-c, c], after qk_norm "width" and before "head"
-    bias: Bias | None = None  # of the products that make q, k and v; or of all products and norms, the head's included
+    bias: Bias | None = None  # of q, k and v; of all of attention's products; of all products and norms, and the head's
     parallel: bool = False  # attention and feed-forward layer read one norm, and both are added to what came before it
     glu: Glu = "two_way"  # none: act(up); act(gate) * up; or a * act(b) * up, where the gate a | b is twice as wide
     attn_scale: float | None = None  # of q k^T; None: 1 / sqrt(Dh)
@@ -129,6 +153,7 @@ class ModelConfig:
             raise GateworkError(
                 "sliding_window is not positive", got=self.sliding_window, expected="at least 1, or none"
             )
+        self._check_full_attention()
         if self.qk_norm not in (None, *get_args(QKNorm)):
             raise GateworkError("qk_norm is not known", got=repr(self.qk_norm), expected="head, width or none")
         if self.qkv_clip is not None and not self.qkv_clip > 0:
@@ -142,7 +167,7 @@ class ModelConfig:
         if self.alibi_bias_max is not None:
             if not (math.isfinite(self.alibi_bias_max) and self.alibi_bias_max > 0):
                 raise GateworkError("alibi_bias_max is not a positive number", got=self.alibi_bias_max)
-            for name in ("rope_dim", "ntk_length"):
+            for name in ("rope_dim", "ntk_length", "yarn"):
                 if getattr(self, name) is not None:
                     raise GateworkError(f"{name} and alibi_bias_max exclude each other", got=getattr(self, name))
         for name in ("ntk_length", "logn_length"):
@@ -151,6 +176,17 @@ class ModelConfig:
                 raise GateworkError(f"{name} is out of range", got=repr(length), expected=f"2 to {MAX_SIZE}, or none")
         if self.ntk_length is not None and self.rotary_dim < 4:
             raise GateworkError("dynamic NTK needs more than one pair that rotates", got=self.rotary_dim)
+        if self.yarn is not None and (self.ntk_length is not None or self.rope_theta == 1.0):
+            got = f"rope_theta {self.rope_theta}, ntk_length {self.ntk_length}"
+            raise GateworkError("YaRN does not go with this", got=got, expected="a base above 1, and no dynamic NTK")
+
+    def _check_full_attention(self) -> None:
+        layers = self.full_attention
+        if not all(type(i) is int and 0 <= i < self.num_layers for i in layers) or len(set(layers)) < len(layers):
+            expected = f"numbers of layers below {self.num_layers}, once each"
+            raise GateworkError("full_attention is out of range", got=str(layers)[:80], expected=expected)
+        if layers and self.sliding_window is None:
+            raise GateworkError("full_attention needs layers with a window", got="no sliding_window")
 
     def _check_layers(self) -> None:
         """What a layer is made of."""
@@ -170,6 +206,16 @@ class ModelConfig:
         if self.moe is not None and (self.parallel or self.bias == "all"):
             what = "parallel layers" if self.parallel else "biases of all products"
             raise GateworkError(f"{what} are for dense models", got=f"{self.moe.num_experts} experts")
+        if self.moe is not None and self.moe.has_own_gates:
+            if (self.activation, self.glu) != ("silu", "two_way"):
+                expected = "two-way silu gates"
+                raise GateworkError("alpha, beta and limit are of other gates", got=self.glu, expected=expected)
+            if self.moe_interval > 1 or self.extra_mlp:
+                raise GateworkError("alpha, beta and limit are for experts in every layer", got="dense MLPs besides")
+        if self.alibi_bias_max is not None and self.attn_sinks:
+            raise GateworkError("attn_sinks and alibi_bias_max exclude each other", got=self.alibi_bias_max)
+        if self.attn_softcap is not None and self.attn_sinks:
+            raise GateworkError("attn_sinks and attn_softcap exclude each other", got=self.attn_softcap)
         if self.bias == "all" and self.tie_embeddings:
             raise GateworkError("a head with a bias is no embedding table", fix="check the checkpoint's config")
 
@@ -205,6 +251,10 @@ class ModelConfig:
         """G: how many I-row matrices a feed-forward part applies to its input."""
         return GLU_MATRICES[self.glu]
 
+    def window(self, layer: int) -> int | None:
+        """Keys that are visible in the layer; none: all."""
+        return None if layer in self.full_attention else self.sliding_window
+
     def has_experts(self, layer: int) -> bool:
         """Whether the layer's feed-forward part is routed."""
         return self.moe is not None and (layer + 1) % self.moe_interval == 0
@@ -225,7 +275,7 @@ class ModelConfig:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name and shape of every weight, in graph order. Matrices are (out, in); experts are (E, out, in)."""
         D, I, Dh, G = self.hidden_size, self.intermediate_size, self.head_dim, self.matrices
-        on_qkv, on_all = self.bias is not None, self.bias == "all"
+        on_qkv, on_o, on_all = self.bias is not None, self.bias in ("attn", "all"), self.bias == "all"
         shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocab_size, D)}
         for i in range(self.num_layers):
             layer = self._norm_shapes("attn_norm")
@@ -234,7 +284,9 @@ class ModelConfig:
             if self.qk_norm is not None:
                 q, k = (self.num_heads, self.num_kv_heads) if self.qk_norm == "width" else (1, 1)
                 layer |= {"attn.q_norm.weight": (q * Dh,), "attn.k_norm.weight": (k * Dh,)}
-            layer |= _product("attn.o", D, self.num_heads * Dh, on_all)
+            if self.attn_sinks:
+                layer |= {"attn.sinks": (self.num_heads,)}
+            layer |= _product("attn.o", D, self.num_heads * Dh, on_o)
             if self.post_norms:
                 layer |= self._norm_shapes("attn_post_norm")
             if not self.parallel:
@@ -244,7 +296,9 @@ class ModelConfig:
                 layer |= {"mlp.b_in": (G * I,), "mlp.b_out": (D,)} if on_all else {}
             else:
                 E = self.moe.num_experts
-                layer |= {"moe.router.weight": (E, D), "moe.w_in": (E, G * I, D), "moe.w_out": (E, D, I)}
+                layer |= _product("moe.router", E, D, self.moe.bias)
+                layer |= {"moe.w_in": (E, G * I, D), "moe.w_out": (E, D, I)}
+                layer |= {"moe.b_in": (E, G * I), "moe.b_out": (E, D)} if self.moe.bias else {}
                 if (width := self.moe.shared_width) is not None:
                     layer |= {"moe.shared.router.weight": (1, D)}
                     layer |= {"moe.shared.w_in": (G * width, D), "moe.shared.w_out": (D, width)}
@@ -277,6 +331,7 @@ class ModelConfig:
         if self.moe is None:
             return self.num_parameters()
         expert = (self.matrices + 1) * self.hidden_size * self.intermediate_size
+        expert += self.moe.bias * (self.matrices * self.intermediate_size + self.hidden_size)
         return self.num_parameters() - self.moe_layers * (self.moe.num_experts - self.moe.top_k) * expert
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
@@ -285,7 +340,8 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, inverse of `from_dict`."""
-        return asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
+        lists = {name: list(getattr(self, name)) for name in ("eos_token_ids", "full_attention")}
+        return asdict(self) | lists
 
     @property
     def attention_scale(self) -> float:
@@ -297,9 +353,11 @@ class ModelConfig:
         """Rebuild a config written by `to_dict`; an unknown or missing field is a GateworkError."""
         fields = dict(fields)
         try:
-            if fields.get("moe") is not None:
-                fields["moe"] = MoEConfig(**fields["moe"])
-            fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
+            for name, kind in (("moe", MoEConfig), ("yarn", YarnConfig)):
+                if fields.get(name) is not None:
+                    fields[name] = kind(**fields[name])
+            for name in ("eos_token_ids", "full_attention"):
+                fields[name] = tuple(fields.get(name, ()))
             return cls(**fields)
         except TypeError as error:
             raise GateworkError(f"model description does not fit this version: {error}") from None

@@ -27,6 +27,9 @@ def moe_attributes(config: ModelConfig) -> MoEAttributes:
         glu=config.glu,
         capacity_factor=config.expert_capacity,
         min_capacity=config.min_expert_capacity,
+        alpha=config.moe.alpha,
+        beta=config.moe.beta,
+        limit=config.moe.limit,
     )
 
 
@@ -55,18 +58,22 @@ def norm(config: ModelConfig) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the KV cache, with rotary positions in halves (j, j + R/2) of a head's first R values."""
+    """Grouped-query attention over the KV cache, with rotary positions in halves (j, j + R/2) of a head's first R values.
 
-    def __init__(self, config: ModelConfig) -> None:
+    window: keys that are visible; none: all.
+    """
+
+    def __init__(self, config: ModelConfig, window: int | None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.window = config, window
         D, width, kv_width = (
             config.hidden_size,
             config.num_heads * config.head_dim,
             config.num_kv_heads * config.head_dim,
         )
         self.q, self.k, self.v = (Linear(n, D, bias=config.bias is not None) for n in (width, kv_width, kv_width))
-        self.o = Linear(D, width, bias=config.bias == "all")
+        self.o = Linear(D, width, bias=config.bias in ("attn", "all"))
+        self.sinks = weight(config.num_heads) if config.attn_sinks else None
         if config.qk_norm is not None:
             by_head = config.qk_norm == "head"
             self.q_norm = nn.RMSNorm(config.head_dim if by_head else width, eps=config.norm_eps)
@@ -90,8 +97,7 @@ class Attention(nn.Module):
         q, k, v = self.project(x, step)
         k = cache_op.cache_write(past_k, k, step.write_indices)
         v = cache_op.cache_write(past_v, v, step.write_indices)
-        assert step.mask is not None
-        return self.o(self.read(q, k, v, step.mask)), k, v
+        return self.o(self.read(q, k, v, step.masks[self.window])), k, v
 
     def project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, S, Dh], and keys and values [B, Hkv, S, Dh] as the cache holds them."""
@@ -112,11 +118,25 @@ class Attention(nn.Module):
     def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """What the queries find in the cache [B, Hkv, S_max, Dh], [B, S, H * Dh]; mask: see `attention_mask`."""
         scale, softcap = self.config.attention_scale, self.config.attn_softcap
+        if self.sinks is not None:
+            k, v, mask = with_sinks(k, v, mask, self.sinks.to(q.dtype))
         if softcap is None:
             y, *_ = torch.onnx.ops.attention(q, k, v, mask, scale=scale)
         else:
             y = attention_op.capped_attention(q, k, v, mask, scale, softcap)
         return y.transpose(1, 2).flatten(2)
+
+
+def with_sinks(k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values [B, Hkv, S_max + 1, Dh], the last ones zeros, and what is added to the logits, there the sinks [H].
+
+    So the softmax has one more term for each head, which reads nothing. mask: [B, 1, S, S_max], true where a query may look.
+    """
+    nothing = k.new_zeros(k.shape[0], k.shape[1], 1, k.shape[3])
+    bias = torch.where(mask, 0.0, torch.finfo(k.dtype).min).to(k.dtype)
+    column = sinks[:, None, None].expand(mask.shape[0], -1, mask.shape[2], 1)
+    bias = torch.cat([bias.expand(-1, len(sinks), -1, -1), column], dim=-1)  # [B, H, S, S_max + 1]
+    return torch.cat([k, nothing], dim=2), torch.cat([v, nothing], dim=2), bias
 
 
 class MLP(nn.Module):
@@ -158,22 +178,27 @@ class MoE(nn.Module):
         assert config.moe is not None
         self.attributes = moe_attributes(config)
         E, D, I = config.moe.num_experts, config.hidden_size, config.intermediate_size
-        self.router = Linear(E, D)
-        self.w_in, self.w_out = weight(E, self.attributes.w_in_rows(I), D), weight(E, D, I)
+        rows, bias = self.attributes.w_in_rows(I), config.moe.bias
+        self.router = Linear(E, D, bias=bias)
+        self.w_in, self.w_out = weight(E, rows, D), weight(E, D, I)
+        self.b_in = weight(E, rows) if bias else None
+        self.b_out = weight(E, D) if bias else None
         width = config.moe.shared_width
         self.shared = None if width is None else SharedExpert(config, width)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)  # [T, D]
-        logits = F.linear(tokens.float(), self.router.weight.float())  # [T, E]
-        y = torch_op.moe(tokens, logits, self.w_in, self.w_out, self.attributes).view_as(x)
+        shift = None if self.router.bias is None else self.router.bias.float()
+        logits = F.linear(tokens.float(), self.router.weight.float(), shift)  # [T, E]
+        weights = (self.w_in, self.w_out, self.attributes)
+        y = torch_op.moe(tokens, logits, *weights, b_in=self.b_in, b_out=self.b_out).view_as(x)
         return y if self.shared is None else y + self.shared(x)
 
 
 class Step:
     """What every layer of one forward pass shares.
 
-    max_seq: S_max. cos, sin: `rope_tables`. prompt_lengths: see `rope_positions`. masked: with the mask,
+    max_seq: S_max. cos, sin: `rope_tables`. prompt_lengths: see `rope_positions`. masked: with the masks, by window,
     which the projections alone do not need.
     """
 
@@ -193,7 +218,10 @@ class Step:
         self.cos, self.sin = cos, sin
         self.rope_positions = rope_positions(config, position_ids, prompt_lengths, max_seq)  # [B, S]
         self.query_scale = query_scale(config, position_ids)
-        self.mask = attention_mask(config, position_ids, max_seq, cos.dtype) if masked else None
+        windows = dict.fromkeys(map(config.window, range(config.num_layers))) if masked else {}
+        self.masks = {
+            window: attention_mask(config, position_ids, max_seq, cos.dtype, window=window) for window in windows
+        }
 
 
 class Layer(nn.Module):
@@ -201,12 +229,12 @@ class Layer(nn.Module):
 
     In a parallel one both read the same norm of the stream as it came in.
 
-    index: the layer's number, which decides whether it has experts.
+    index: the layer's number, which decides whether it has experts, and a window.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.attn_norm, self.attn = norm(config), Attention(config)
+        self.attn_norm, self.attn = norm(config), Attention(config, config.window(index))
         self.parallel = config.parallel
         if not config.parallel:
             self.ffn_norm = norm(config)

@@ -258,21 +258,22 @@ class LayerwiseReference:
 
     def _experts(self, i: int, runs: list[tuple[Tensor, Tensor, Rounding | None]]) -> list[Tensor]:
         """The MoE's output [T, D] for each run: tokens [T, D], router logits [T, E], and the rounding of its products."""
-        attributes = moe_attributes(self.config)
+        attributes, has_bias = moe_attributes(self.config), self.config.moe is not None and self.config.moe.bias
         routes = [torch_op.route(logits, attributes) for _, logits, _ in runs]
         outputs = [torch.zeros_like(x) for x, *_ in runs]
         weights = (self.checkpoint.parts(f"layers.{i}.moe.{name}") for name in ("w_in", "w_out"))
+        biases = [self.checkpoint.read(f"layers.{i}.moe.{name}").float() for name in ("b_in", "b_out") if has_bias]
         for e, (w_in, w_out) in enumerate(zip(*weights, strict=True)):
-            w_in, w_out = w_in.float(), w_out.float()
+            expert = (w_in.float(), w_out.float(), attributes, *(bias[e] for bias in biases))
             for (x, _, rounding), (chosen, shares), y in zip(runs, routes, outputs, strict=True):
                 rows, choice = (chosen == e).nonzero(as_tuple=True)
                 if not len(rows):
                     continue
                 if rounding is None:
-                    out = torch_op.expert(x[rows], w_in, w_out, attributes)
+                    out = torch_op.expert(x[rows], *expert)
                 else:
                     with rounding:
-                        out = torch_op.expert(x[rows], w_in, w_out, attributes)
+                        out = torch_op.expert(x[rows], *expert)
                 y.index_add_(0, rows, shares[rows, choice][:, None] * out)
         return outputs
 
@@ -334,7 +335,7 @@ def _read(layer: Layer, q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:
     """Attention of every sequence to itself, [1, n, H * Dh]."""
     parts = []
     for a, b in run.spans:
-        mask = attention_mask(layer.attn.config, torch.arange(b - a)[None], b - a)
+        mask = attention_mask(layer.attn.config, torch.arange(b - a)[None], b - a, window=layer.attn.window)
         parts.append(layer.attn.read(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], mask))
     return torch.cat(parts, dim=1)
 

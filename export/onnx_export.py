@@ -22,8 +22,10 @@ from gatework.export.positions import rope_tables
 from gatework.export.repeat import repeat_last_layer
 from gatework.export.taps import name_taps
 from gatework.plugins.moe import onnx_op, torch_op
+from gatework.plugins.moe.spec import INPUTS
 
 OPSET = 24
+_B_IN = INPUTS.index("b_in")
 _TRACED_LAYERS = 2  # the rest are copies of the second, where layers are alike
 STEP_INPUTS = ("input_ids", "position_ids", "write_indices")
 ROPE_TABLES = ("rope_cos", "rope_sin")
@@ -41,7 +43,7 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
     `dtype` and shape but holds no data; the rotary tables and scalar constants do hold data.
     """
     torch_dtype, config = getattr(torch, dtype), config.within(max_seq)
-    alike = config.moe_interval == 1
+    alike = config.moe_interval == 1 and not config.full_attention
     traced = replace(config, num_layers=min(config.num_layers, _TRACED_LAYERS)) if alike else config
     with torch.device("meta"):
         decoder = Decoder(traced, max_seq, all_logits=all_logits).to(torch_dtype).eval()
@@ -87,7 +89,8 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
 def add_function_body(model: ir.Model) -> None:
     """Attach gatework::MoE's definition in standard operators, so that any ONNX runtime can run the file."""
     for node in moe_nodes(model)[:1]:  # all have the same attributes
-        function = ir.serde.deserialize_function(onnx_op.function_proto(attributes_of(node)))
+        has_bias = len(node.inputs) > _B_IN and node.inputs[_B_IN] is not None
+        function = ir.serde.deserialize_function(onnx_op.function_proto(attributes_of(node), has_bias=has_bias))
         model.functions[function.identifier()] = function
 
 

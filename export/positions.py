@@ -14,7 +14,7 @@ def rope_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta^(-2j/R), each [length, R/2] float32 (RoFormer, arXiv:2104.09864, section 3.2.2).
 
     R: the values of a head that rotate, Dh in most models. With dynamic NTK a table for each base, one below the other; which
-    one is for a sequence tells `rope_positions`.
+    one is for a sequence tells `rope_positions`. With YaRN some frequencies are lower, and both are multiplied by its factor.
     """
     R = config.rotary_dim
     exponents = torch.arange(0, R, 2, dtype=torch.int64).float() / max(R, 1)
@@ -22,8 +22,12 @@ def rope_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
         config.rope_theta * alpha ** (R / (R - 2)) if alpha > 1 else config.rope_theta
         for alpha in config.ntk_alphas(length)
     ]
-    angles = torch.cat([torch.outer(torch.arange(length).float(), 1.0 / (base**exponents)) for base in bases])
-    return angles.cos(), angles.sin()
+    frequencies = [1.0 / (base**exponents) for base in bases]
+    factor = 1.0
+    if (yarn := config.yarn) is not None:
+        frequencies, factor = [yarn.slowed(each, config.rope_theta) for each in frequencies], yarn.attention_factor
+    angles = torch.cat([torch.outer(torch.arange(length).float(), each) for each in frequencies])
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def rope_positions(config: ModelConfig, position_ids: Tensor, prompt_lengths: Tensor | None, max_seq: int) -> Tensor:
@@ -56,7 +60,12 @@ def alibi_slopes(config: ModelConfig, device: torch.device | None = None) -> Ten
 
 
 def attention_mask(
-    config: ModelConfig, position_ids: Tensor, max_seq: int, dtype: torch.dtype = torch.float32
+    config: ModelConfig,
+    position_ids: Tensor,
+    max_seq: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    window: int | None = None,
 ) -> Tensor:
     """True where a query may look: [B, 1, S, S_max], keys at or before it and, with a window, at most W - 1 before it.
 
@@ -65,8 +74,8 @@ def attention_mask(
     keys = torch.arange(max_seq, device=position_ids.device)[None, None, None, :]
     queries = position_ids[:, None, :, None]
     mask = keys <= queries
-    if config.sliding_window is not None:
-        mask = mask & (keys > queries - config.sliding_window)
+    if window is not None:
+        mask = mask & (keys > queries - window)
     if config.alibi_bias_max is None:
         return mask
     bias = alibi_slopes(config, position_ids.device)[:, None, None] * (keys - queries).float()

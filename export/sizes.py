@@ -16,7 +16,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp8", "int8", "int4")
 KV_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp8": 2, "int8": 4, "int4": 4}
 _BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
 GPU_VALUE = 2  # bytes of an activation, a cached key or value: bfloat16 or float16
-_EXPERTS = ".moe.w_"  # in the names of their weights
+_EXPERTS, _EXPERT_BIASES = ".moe.w_", ".moe.b_"  # in the names of their weights
 _SCALE = 2  # bytes: bfloat16; of the embedding table float32
 
 
@@ -85,7 +85,7 @@ def kv_bytes(config: ModelConfig, precision: Precision, positions: int) -> int:
 def gpu_weight_bytes(config: ModelConfig, precision: str, group: int) -> tuple[int, int]:
     """Bytes of (dense weights, expert weights) as a GPU engine of that precision stores them, scales included."""
     tensors = _gpu_tensor_bytes(config, precision, group)
-    experts = sum(nbytes for name, nbytes in tensors.items() if _EXPERTS in name)
+    experts = sum(nbytes for name, nbytes in tensors.items() if _EXPERTS in name or _EXPERT_BIASES in name)
     return sum(tensors.values()) - experts, experts
 
 
@@ -114,7 +114,7 @@ def _gpu_expert_bytes(shape: tuple[int, ...], precision: str, group: int) -> int
 def _gpu_dense_bytes(name: str, shape: tuple[int, ...], precision: str, group: int) -> int:
     if ".router." in name:
         return 4 * math.prod(shape)
-    if len(shape) == 1 or name.startswith("embed.") or precision in ("bf16", "fp16"):
+    if len(shape) == 1 or _EXPERT_BIASES in name or name.startswith("embed.") or precision in ("bf16", "fp16"):
         return GPU_VALUE * math.prod(shape)
     rows, columns = shape
     size = fit_group(columns, group) if precision == "int4" and name != "lm_head.weight" else None
@@ -126,6 +126,9 @@ def _gpu_dense_bytes(name: str, shape: tuple[int, ...], precision: str, group: i
 def _grouped_bytes(name: str, shape: tuple[int, ...], bits: int, group: int, config: ModelConfig) -> int:
     size = fit_group(config.hidden_size, group)
     is_embedding = name.startswith("embed.")
+    if _EXPERT_BIASES in name and size is not None:
+        padded = config.matrices * (-config.intermediate_size % size) if name.endswith("moe.b_in") else 0
+        return 4 * shape[0] * (shape[1] + padded)
     if len(shape) == 1 or ".router." in name or (is_embedding and size is None):
         return 4 * math.prod(shape)
     if name == "lm_head.weight":

@@ -22,7 +22,7 @@ def weight_facts(model: ir.Model, config: ModelConfig) -> dict[str, Any]:
         tensors[spec.name] = {"dtype": str(spec.dtype).removeprefix("torch."), "shape": list(spec.shape)}
         total += nbytes
         share = 1.0
-        if ".moe.w_" in spec.name and config.moe is not None:
+        if (".moe.w_" in spec.name or ".moe.b_" in spec.name) and config.moe is not None:
             share = config.moe.top_k / config.moe.num_experts
         elif spec.name.startswith("embed.") and not _feeds_product(value):
             share = 1 / config.vocab_size

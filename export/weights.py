@@ -12,6 +12,9 @@ class Piece:
 
     The steps apply in this order: take `rows` of axis 0, transpose the last two axes (of three, one row is one matrix), and
     bring RoPE rows from adjacent pairs (2j, 2j+1) to halves (j, j + Dh/2) for `rope_heads` heads.
+
+    interleaved: the rows of a matrix, or the elements of a vector for each of `rows`, alternate between two halves, which are
+    put one after the other, in the end.
     """
 
     name: str
@@ -19,6 +22,7 @@ class Piece:
     rows: tuple[int, int] | None = None
     transpose: bool = False
     rope_heads: int = 0
+    interleaved: bool = False
 
     @property
     def numel(self) -> int:

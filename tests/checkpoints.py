@@ -49,8 +49,18 @@ TABLE: dict[str, tuple[str, dict[str, Any]]] = {  # model -> (model_type, sizes)
     "qwen2": ("qwen2", BASE | {"norm_eps": 1e-6}),
     "qwen2_moe": ("qwen2_moe", BASE | MOE | {"norm_eps": 1e-6, "renormalize": False, "shared_width": 160}),
     "phi": ("phi", BASE | {"hidden_size": 128, "num_kv_heads": 4, "rope_dim": 16}),  # of 32
+    "gpt-oss": ("gpt_oss", BASE | MOE | {"head_dim": 32, "rope_theta": 1.5e5, "sliding_window": 4}),
     "mpt": ("mpt", MPT),
     "mpt-clip": ("mpt", MPT | SIX_HEADS | {"qkv_clip": 2.0}),
+}
+
+# So that its ramp lies within the few pairs of a tiny head, and within the few positions of a test.
+YARN: dict[str, Any] = {
+    "factor": 4.0,
+    "beta_fast": 2.0,
+    "beta_slow": 0.1,
+    "truncate": False,
+    "original_max_position_embeddings": 16,
 }
 
 MODELS = (*TABLE, *ORIGINALS)
@@ -106,6 +116,9 @@ def hf_config(model: str, **overrides: Any) -> transformers.PreTrainedConfig:
     names = HF_NAMES | ({"num_experts": "num_experts"} if model_type == "qwen2_moe" else {})
     fields = tokens | {names.get(name, name): value for name, value in sizes.items()}
     rope = {"rope_type": "default", "rope_theta": theta}
+    if model_type == "gpt_oss":
+        rope = {"rope_type": "yarn", "rope_theta": theta} | YARN
+        fields |= {"swiglu_limit": 0.5}  # numbers of a tiny model come nowhere near 7
     return transformers.AutoConfig.for_model(model_type, rope_parameters=rope, **fields)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from gatework.export.config import ModelConfig
 from gatework.export.families import (
     dbrx,
+    gpt_oss,
     grok1,
     llama,
     mistral,
@@ -55,6 +56,7 @@ FAMILIES: dict[str, Family] = {
         "qwen2": qwen2,
         "qwen2_moe": qwen2_moe,
         "mpt": mpt,
+        "gpt_oss": gpt_oss,
         "grok-1": grok1,
         "openmoe": openmoe,
     }.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
@@ -9,6 +10,7 @@ from gatework.export.config import Dtype, ModelConfig, MoEConfig
 from gatework.export.families import layouts
 from gatework.export.families.fields import Fields
 from gatework.export.weights import WeightMap
+from gatework.export.yarn import YarnConfig
 
 # Features of other models that share these config files, with the values under which they do nothing.
 INERT: dict[str, tuple[Any, ...]] = {
@@ -29,6 +31,9 @@ INERT: dict[str, tuple[Any, ...]] = {
     "residual_multiplier": (1,),
     "logits_scaling": (1,),
 }
+
+_ROPE_FIELDS = ("rope_type", "type", "partial_rotary_factor")
+_YARN_FIELDS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +129,35 @@ def rope_theta(fields: Fields, default: float, *, partial: bool = False) -> floa
             if name not in ("rope_type", "type", "rope_theta", "partial_rotary_factor"):
                 raise rope.unsupported(name, "unscaled rotary embedding")
     return _of_rope(fields, "rope_theta", default)
+
+
+def read_yarn(fields: Fields, silent: dict[str, Any], default: float) -> tuple[YarnConfig | None, float]:
+    """YaRN, or none where rotation is plain, and the base; what holds where nothing is said: `silent`, and `default`."""
+    given = [key for key in ("rope_scaling", "rope_parameters") if fields.raw.get(key) is not None]
+    if len(given) > 1:
+        raise fields.error("rope_scaling", "it and rope_parameters", "one of the two")
+    rope = fields.nested(given[0]) if given else Fields(silent)
+    kind = rope.raw.get("rope_type", rope.raw.get("type", "default"))
+    if kind == "default":
+        return None, rope_theta(fields, default)
+    if kind != "yarn":
+        raise rope.unsupported("rope_type", "yarn or default")
+    rope.refuse_unless("partial_rotary_factor", 1)
+    base = ("rope_theta",) if given == ["rope_parameters"] else ()
+    for name, value in rope.raw.items():
+        if name not in (*_ROPE_FIELDS, *_YARN_FIELDS, *base) and value is not None:
+            raise rope.unsupported(name, "none")
+    factor = rope.number("factor")
+    usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    yarn = YarnConfig(
+        factor=factor,
+        original_length=rope.integer("original_max_position_embeddings"),
+        fast=rope.number("beta_fast", 32.0),
+        slow=rope.number("beta_slow", 1.0),
+        attention_factor=rope.number("attention_factor", usual),
+        truncate=rope.flag("truncate", True),
+    )
+    return yarn, _of_rope(fields, "rope_theta", default)
 
 
 def rotary_part(fields: Fields, default: float) -> float:

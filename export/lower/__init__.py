@@ -70,6 +70,8 @@ def _lower_to_ort(model: ir.Model, config: ModelConfig, bits: int | None, group:
     if config.ntk_length is not None and not kernels.own_positions:
         what, fix = "dynamic NTK has not been tried on this target", f"--max-seq {config.ntk_length}, or --target cpu"
         raise GateworkError(what, got="a longer max_seq than the model was trained on", fix=fix)
+    if config.attn_sinks and not kernels.sinks:
+        raise GateworkError("attention sinks have not been tried on this target", fix="use --target cpu")
     model, _ = hoist_last_position(model)
     if kernels.fused_attention:
         model, _ = to_group_query_attention(model, config, query_lengths=kernels.query_lengths)

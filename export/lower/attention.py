@@ -15,11 +15,17 @@ import numpy as np
 import onnx_ir as ir
 
 from gatework.export.config import ModelConfig
-from gatework.export.lower.graph import MS, Builder, linear_weight, producer, replace
+from gatework.export.lower.graph import MS, Builder, linear_weight, producer, replace, sinks_of, without_sinks
 from gatework.export.packing import Pack, TensorSpec, add_packed, is_weight, pack_of, static_shape
 from gatework.export.positions import alibi_slopes
 
-_SEQLENS_K, _POSITION_IDS, _ATTENTION_BIAS, _QUERY_SEQLENS = 5, 9, 10, 16  # input indices of GroupQueryAttention
+_SEQLENS_K, _POSITION_IDS, _ATTENTION_BIAS, _SINKS, _QUERY_SEQLENS = (
+    5,
+    9,
+    10,
+    11,
+    16,
+)  # input indices of GroupQueryAttention
 
 
 class Lengths(NamedTuple):
@@ -34,11 +40,16 @@ class Lengths(NamedTuple):
     query: ir.Value | None
 
     def before(
-        self, tables: Sequence[ir.Value | None], positions: ir.Value | None, bias: ir.Value | None
+        self,
+        tables: Sequence[ir.Value | None],
+        positions: ir.Value | None,
+        bias: ir.Value | None,
+        sinks: ir.Value | None,
     ) -> list[ir.Value | None]:
         """The operator's inputs behind the past cache; tables: cos and sin; positions: their rows, if not the slots."""
         inputs: list[ir.Value | None] = [self.seqlens_k, self.total, *tables]
-        for index, value in ((_POSITION_IDS, positions), (_ATTENTION_BIAS, bias), (_QUERY_SEQLENS, self.query)):
+        others = {_POSITION_IDS: positions, _ATTENTION_BIAS: bias, _SINKS: sinks, _QUERY_SEQLENS: self.query}
+        for index, value in others.items():
             if value is not None:
                 inputs += [None] * (index - _SEQLENS_K - len(inputs)) + [value]
         return inputs
@@ -92,7 +103,7 @@ def alibi_bias(graph: ir.Graph, before: ir.Node, lengths: Lengths, slopes: ir.Va
 
 
 def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: Lengths, bias: ir.Value | None) -> None:
-    k_write, v_write = (value.producer() for value in node.inputs[1:3] if value is not None)
+    k_write, v_write = (producer(without_sinks(value), "TensorScatter") for value in node.inputs[1:3])
     assert k_write is not None and v_write is not None
     build = Builder(graph, node)
     heads = [node.inputs[0], k_write.inputs[1], v_write.inputs[1]]
@@ -109,7 +120,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: Lengt
     else:
         projected = [*_split_projection(graph, build, heads, config)]
     past = (k_write.inputs[0], v_write.inputs[0])
-    inputs = [*projected, *past, *lengths.before(tables, positions, bias)]
+    inputs = [*projected, *past, *lengths.before(tables, positions, bias, sinks_of(node))]
     y, present_k, present_v = build.op(
         "GroupQueryAttention",
         *inputs,
@@ -119,12 +130,18 @@ def _rewrite(graph: ir.Graph, node: ir.Node, config: ModelConfig, lengths: Lengt
         kv_num_heads=config.num_kv_heads,
         do_rotary=int(config.rotary_dim > 0),
         scale=float(node.attributes["scale"].value),
-        local_window_size=config.sliding_window or -1,
+        local_window_size=config.window(_layer(past[0])) or -1,
         softcap=config.attn_softcap or 0.0,
     )
     replace(k_write.outputs[0], present_k)
     replace(v_write.outputs[0], present_v)
     replace(_merged_heads(node.outputs[0]), y)  # [B, S, H * Dh]
+
+
+def _layer(past: ir.Value | None) -> int:
+    """The number of the layer whose cache this is."""
+    assert past is not None and past.name is not None
+    return int(past.name.split(".")[1])
 
 
 def _merged_heads(value: ir.Value) -> ir.Value:

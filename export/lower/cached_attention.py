@@ -16,17 +16,17 @@ from gatework.plugins.moe.spec import DOMAIN
 _CONTRIB = "GroupQueryAttention"
 _INPUTS = (0, 3, 4, 7, 8, 1, 2)  # of it: q (or q|k|v), past k and v, cos, sin, k, v
 _POSITION_IDS, _BIAS, _SINKS = 9, 10, 11
-_OUR_INPUTS = 9
+_OUR_INPUTS = 10
 
 
 def to_cached_attention(model: ir.Model) -> tuple[ir.Model, bool]:
-    """Replace every GroupQueryAttention whose positions are the cache's slots and that has no sinks."""
+    """Replace every GroupQueryAttention whose positions are the cache's slots."""
     graph = model.graph
     (starts,) = (value for value in graph.inputs if value.name == "write_indices")
     modified = False
     for node in [node for node in graph if node.op_type == _CONTRIB]:
         given = [*node.inputs, *[None] * (_SINKS + 1 - len(node.inputs))]
-        if given[_POSITION_IDS] is not None or given[_SINKS] is not None:
+        if given[_POSITION_IDS] is not None:
             continue
         q, past_k, past_v, cos, sin, k, v = (given[place] for place in _INPUTS)
         build = Builder(graph, node)
@@ -36,7 +36,7 @@ def to_cached_attention(model: ir.Model) -> tuple[ir.Model, bool]:
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         settings = {name: attributes[name] for name in ("num_heads", "kv_num_heads", "scale")}
         settings |= {"softcap": attributes.get("softcap", 0.0), "window": max(attributes["local_window_size"], 0)}
-        inputs = [q, past_k, past_v, starts, cos, sin, k, v, _slopes(given[_BIAS])]
+        inputs = [q, past_k, past_v, starts, cos, sin, k, v, _slopes(given[_BIAS]), given[_SINKS]]
         while inputs[-1] is None:
             inputs.pop()
         _take_over(node, build.op(cpu_ops.ATTENTION, *inputs, domain=DOMAIN, outputs=3, **settings))
@@ -59,7 +59,7 @@ def to_group_query_attention(model: ir.Model) -> tuple[ir.Model, bool]:
     bias = None
     for node in nodes:
         given: list[ir.Value | None] = [*node.inputs, *[None] * (_OUR_INPUTS - len(node.inputs))]
-        q, past_k, past_v, _, cos, sin, k, v, slopes = given
+        q, past_k, past_v, _, cos, sin, k, v, slopes, sinks = given
         if slopes is not None and bias is None:
             bias = alibi_bias(model.graph, node, lengths, slopes)
         rotary = cos is not None and static_shape(cos)[1] > 0
@@ -67,7 +67,7 @@ def to_group_query_attention(model: ir.Model) -> tuple[ir.Model, bool]:
         window = settings.pop("window")
         settings |= {"do_rotary": int(rotary), "local_window_size": window or -1}
         tables = (cos, sin) if rotary else (None, None)
-        inputs = [q, k, v, past_k, past_v, *lengths.before(tables, None, bias)]
+        inputs = [q, k, v, past_k, past_v, *lengths.before(tables, None, bias, sinks)]
         _take_over(node, Builder(model.graph, node).op(_CONTRIB, *inputs, domain=MS, outputs=3, **settings))
     return model, True
 

@@ -45,6 +45,23 @@ def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     return node if node is not None and node.op_type in op_types else None
 
 
+def without_sinks(value: ir.Value | None) -> ir.Value | None:
+    """Keys or values that attention reads, without what the decoder puts behind them where a model has sinks."""
+    joined = producer(value, "Concat")
+    return value if joined is None else joined.inputs[0]
+
+
+def sinks_of(attention: ir.Node) -> ir.Value | None:
+    """Learned logits [H] of an Attention node, in the graph's own type, or none."""
+    joined = producer(attention.inputs[3], "Concat") if producer(attention.inputs[1], "Concat") is not None else None
+    if joined is None:
+        return None
+    value = joined.inputs[1]
+    while (node := producer(value, "Expand", "Unsqueeze", "Reshape")) is not None:
+        value = node.inputs[0]
+    return value
+
+
 def linear_weight(node: ir.Node) -> ir.Value | None:
     """W of a MatMul that computes x W^T (the second input is a Transpose of a weight), else None."""
     if node.op_type != "MatMul" or node.domain != "":

@@ -25,13 +25,14 @@ from gatework.export.quantize import quantize_rows
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import MoEAttributes
 
-# Gate and up rows in turn; with alpha 1, beta 0 and no limit: silu(gate) * up.
-SILU_GATE: dict[str, Any] = {
-    "activation_type": "swiglu",
-    "swiglu_fusion": 1,
-    "activation_alpha": 1.0,
-    "activation_beta": 0.0,
-}
+# Gate and up rows in turn.
+SILU_GATE: dict[str, Any] = {"activation_type": "swiglu", "swiglu_fusion": 1}
+
+
+def gate_settings(attributes: MoEAttributes) -> dict[str, Any]:
+    """Attributes of the contrib operators that say what an expert's gate is."""
+    limit = {"swiglu_limit": attributes.limit} if attributes.limit else {}
+    return SILU_GATE | {"activation_alpha": attributes.alpha, "activation_beta": attributes.beta} | limit
 
 
 def has_contrib(attributes: MoEAttributes) -> bool:
@@ -52,23 +53,28 @@ def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int, kernels: Ke
             raise GateworkError(
                 "this target has no kernels for the model's experts", got=got, expected=expected, fix=fix
             )
-        routing = {"k": attributes.top_k, "normalize_routing_weights": int(attributes.renormalize)}
+        settings = gate_settings(attributes)
+        settings |= {"k": attributes.top_k, "normalize_routing_weights": int(attributes.renormalize)}
         build = Builder(model.graph, node)
-        x, router_logits, w_in, w_out = node.inputs[:4]
+        x, router_logits, w_in, w_out, b_in, b_out = (*node.inputs, None, None)[:6]
         assert x is not None and x.dtype is not None and w_in is not None and w_out is not None
         if x.dtype != ir.DataType.FLOAT:
             (router_logits,) = build.op("Cast", router_logits, to=x.dtype)
         if bits is None:
             _check_sizes(static_shape(w_out), kernels.dense_multiple)
             (rows,) = add_packed(model.graph, _dense(w_in))
-            (y,) = build.op("MoE", x, router_logits, rows, None, w_out, domain=MS, **routing, **SILU_GATE)
+            bias = None if b_in is None else add_packed(model.graph, _bias_in(b_in))[0]
+            inputs = [x, router_logits, rows, bias, w_out, b_out]
+            (y,) = build.op("MoE", *inputs[: 6 if b_out is not None else 5], domain=MS, **settings)
         else:
             expert_group = _group_size(static_shape(w_in)[2], group, kernels)
             padding = -(static_shape(w_in)[1] // 2) % max(expert_group, kernels.expert_multiple)  # powers of two
             fc1 = add_packed(model.graph, _quantised_in(w_in, bits, expert_group, padding))
             fc2 = add_packed(model.graph, _quantised_out(w_out, bits, expert_group, padding))
-            settings = routing | SILU_GATE | {"expert_weight_bits": bits, "block_size": expert_group}
-            (y,) = build.op("QMoE", x, router_logits, *fc1, None, *fc2, domain=MS, weights_prepacked=0, **settings)
+            bias = None if b_in is None else add_packed(model.graph, _bias_in(b_in, padding))[0]
+            settings |= {"expert_weight_bits": bits, "block_size": expert_group, "weights_prepacked": 0}
+            inputs = [x, router_logits, *fc1, bias, *fc2, b_out]
+            (y,) = build.op("QMoE", *inputs[: 8 if b_out is not None else 7], domain=MS, **settings)
         replace(node.outputs[0], y)
     return model, bool(nodes)
 
@@ -108,6 +114,18 @@ def _dense(w_in: ir.Value) -> Pack:
     (spec,) = pack_of(w_in).outputs
     outputs = (TensorSpec(f"{spec.name}.interleaved", spec.dtype, spec.shape),)
     return Pack((spec.name,), outputs, lambda part: (interleave(part.to(spec.dtype)),))
+
+
+def _bias_in(b_in: ir.Value, padding: int = 0) -> Pack:
+    """[E, 2I], gate first -> [E, 2 (I + padding)], gate and up in turn."""
+    (spec,) = pack_of(b_in).outputs
+    E, width = spec.shape
+
+    def encode(part: Tensor) -> tuple[Tensor, ...]:
+        pairs = part.to(spec.dtype).unflatten(1, (2, -1)).transpose(1, 2)  # [E, I, 2]
+        return (F.pad(pairs, (0, 0, 0, padding)).flatten(1),)
+
+    return Pack((spec.name,), (TensorSpec(f"{spec.name}.interleaved", spec.dtype, (E, width + 2 * padding)),), encode)
 
 
 def _specs(spec: TensorSpec, rows: int, columns: int, bits: int, group: int) -> tuple[TensorSpec, TensorSpec]:

@@ -19,7 +19,7 @@ from gatework.export.groups import HEAD_BITS, HEAD_GROUP, PADDED_GROUP, fit_grou
 from gatework.export.lower.cached_attention import to_group_query_attention
 from gatework.export.lower.experts import attributes_of, moe_nodes
 from gatework.export.lower.graph import MS, Builder, linear_weight, replace
-from gatework.export.lower.moe import SILU_GATE, has_contrib
+from gatework.export.lower.moe import gate_settings, has_contrib
 from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
 from gatework.export.quantize import in_blocks, quantize_rows
 from gatework.plugins.errors import GateworkError
@@ -84,7 +84,7 @@ def to_packed_moe(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model, 
     nodes = moe_nodes(model)
     for node in nodes:
         attributes = attributes_of(node)
-        x, router_logits, w_in, w_out = node.inputs[:4]
+        x, router_logits, w_in, w_out, b_in, b_out = (*node.inputs, None, None)[:6]
         assert w_in is not None and w_out is not None
         E, D, I = static_shape(w_out)
         size = _expert_group(D, group)
@@ -94,7 +94,9 @@ def to_packed_moe(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model, 
         settings: dict[str, Any] = attributes.to_onnx()
         del settings["weight_format"]
         settings |= {"bits": bits, "group_size": size, "hidden_size": D, "expert_width": I, "num_experts": E}
-        (y,) = Builder(model.graph, node).op(cpu_ops.MOE, x, router_logits, *fc1, *fc2, domain=DOMAIN, **settings)
+        biases = () if b_in is None else (_bias_in(model.graph, b_in, attributes.matrices, I), b_out)
+        build = Builder(model.graph, node)
+        (y,) = build.op(cpu_ops.MOE, x, router_logits, *fc1, *fc2, *biases, domain=DOMAIN, **settings)
         replace(node.outputs[0], y)
     return model, bool(nodes)
 
@@ -124,6 +126,18 @@ def _experts_in(w_in: ir.Value, matrices: int, width: int, bits: int, group: int
         return encode_blocks(padded.flatten(0, 1), bits, group)  # a width of whole groups is one of whole blocks
 
     return Pack((spec.name,), _specs(spec.name, (E, matrices, *codes), (E, matrices, *scales)), encode)
+
+
+def _bias_in(graph: ir.Graph, b_in: ir.Value, matrices: int, width: int) -> ir.Value:
+    """[E, G * I] padded like the rows of w_in."""
+    (spec,) = pack_of(b_in).outputs
+
+    def encode(part: Tensor) -> tuple[Tensor, ...]:
+        parts = part.to(spec.dtype).unflatten(1, (matrices, -1))
+        return (F.pad(parts, (0, width - parts.shape[2])).flatten(1),)
+
+    outputs = (TensorSpec(f"{spec.name}.padded", spec.dtype, (spec.shape[0], matrices * width)),)
+    return add_packed(graph, Pack((spec.name,), outputs, encode))[0]
 
 
 def _experts_out(w_out: ir.Value, width: int, bits: int, group: int) -> Pack:
@@ -180,9 +194,10 @@ def _matmul_nbits(build: Builder, node: ir.Node) -> ir.Value:
 
 def _qmoe(build: Builder, node: ir.Node) -> ir.Value:
     settings = _settings(node)
-    x, router_logits, w_in, w_in_scale, w_out, w_out_scale = node.inputs
+    x, router_logits, w_in, w_in_scale, w_out, w_out_scale, *biases = node.inputs
     E, D, I = (settings[name] for name in ("num_experts", "hidden_size", "expert_width"))
     bits, size = settings["bits"], settings["group_size"]
+    shape = build.constant(np.array((E, 2, I), np.int64))  # of the first bias: gate, then up
     fc1 = _rearranged(build, w_in, (0, 2, 4, 1, 3, 5), (E, 2 * I, D * bits // 8))
     fc1_scale = _rearranged(build, _float(build, w_in_scale), (0, 2, 4, 1, 3), (E, 2 * I, D // size))
     fc2 = _rearranged(build, w_out, (0, 1, 3, 2, 4), (E, D, I * bits // 8))
@@ -195,8 +210,11 @@ def _qmoe(build: Builder, node: ir.Node) -> ir.Value:
         "accuracy_level": 4,
         "weights_prepacked": 0,
     }
-    inputs = (x, router_logits, fc1, fc1_scale, None, fc2, fc2_scale)
-    return build.op("QMoE", *inputs, domain=MS, **contrib, **SILU_GATE)[0]
+    inputs: list[ir.Value | None] = [x, router_logits, fc1, fc1_scale, None, fc2, fc2_scale]
+    if biases:
+        pairs = _rearranged(build, build.op("Reshape", biases[0], shape)[0], (0, 2, 1), (E, 2 * I))
+        inputs = [*inputs[:4], pairs, *inputs[5:], biases[1]]
+    return build.op("QMoE", *inputs, domain=MS, **contrib, **gate_settings(_attributes(node)))[0]
 
 
 def _float(build: Builder, value: ir.Value | None) -> ir.Value:

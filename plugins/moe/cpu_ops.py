@@ -28,6 +28,7 @@ that a query sees, its own included).
     cos, sin      [S_max, R / 2]              float32   the first R <= Dh elements are rotated, in halves; R may be 0
     k, v          [B, S, Hkv * Dh]            float32   optional
     slopes        [H]                         float32   optional, ALiBi's: off a score for each position that the key is behind
+    sinks         [H]                         float32   optional, a score more in each head's softmax, for no key
     y             [B, S, H * Dh]              float32
     present_k, _v like past_k                           a caller may bind them to the memory of past_k and past_v
 

@@ -41,10 +41,11 @@ Mixture of experts: y[t] = sum over the K chosen experts e of weight[t, e] * exp
 The experts of the K largest router logits are chosen (equal logits: the lower index first) and weighted by their score,
 computed over all E experts in float32; with renormalize the K weights are divided by their sum. An expert is
 w_out h + b_out with u = w_in x + b_in and, by glu, none: h = act(u); two_way: gate | up = u, h = act(gate) * up;
-three_way: a | b | up = u, h = a * act(b) * up. Quantised weights are w = q * scale, one scale per group_size neighbours
-along the last axis (0: per row); int4 is stored as q + 8, two to a uint8, low nibble first. capacity_factor > 0 limits
-an expert to floor(K * capacity_factor * T / E) choices, plus one if odd, at least min_capacity: first choices in token
-order, then second choices, and so on; a choice beyond the limit contributes 0.
+three_way: a | b | up = u, h = a * act(b) * up. Two-way silu gates are h = g sigmoid(alpha g) * (v + beta), where g is gate,
+at most limit, and v is up, between -limit and limit; limit 0: none. Quantised weights are w = q * scale, one scale per
+group_size neighbours along the last axis (0: per row); int4 is stored as q + 8, two to a uint8, low nibble first.
+capacity_factor > 0 limits an expert to floor(K * capacity_factor * T / E) choices, plus one if odd, at least min_capacity:
+first choices in token order, then second choices, and so on; a choice beyond the limit contributes 0.
 """
 
 
@@ -247,10 +248,21 @@ def _expert_activation(body: _Body, u: str, attributes: MoEAttributes) -> str:
     if attributes.glu == "none":
         return activation(body, u)
     *a, gate, up = body.split(u, attributes.matrices, axis=1)
+    if attributes.has_own_gates:
+        return _own_gates(body, gate, up, attributes)
     h = activation(body, gate)
     if a:
         h = body("Mul", a[0], h)
     return body("Mul", h, up)
+
+
+def _own_gates(body: _Body, gate: str, up: str, attributes: MoEAttributes) -> str:
+    """See `reference.clamped_gate`."""
+    alpha, beta, limit = (body.constant(getattr(attributes, name), np.float32) for name in ("alpha", "beta", "limit"))
+    if attributes.limit:
+        gate, up = body("Min", gate, limit), body("Clip", up, body("Neg", limit), limit)
+    h = body("Mul", gate, body("Sigmoid", body("Mul", alpha, gate)))
+    return body("Mul", h, body("Add", up, beta))
 
 
 # Swish and Gelu are functions themselves: onnx.reference cannot run Gelu inside a function, nor ONNX Runtime Swish in a

@@ -11,6 +11,8 @@ For each token t, with p = score(router_logits[t]) over all E experts (softmax o
         glu none:       h = act(u)
         glu two_way:    gate | up = u,     h = act(gate) * up
         glu three_way:  a | b | up = u,    h = a * act(b) * up
+    Two-way silu gates are g sigmoid(alpha g) * (v + beta), where g is gate, at most limit, and v is up, in [-limit, limit];
+    without a limit (0) g = gate and v = up.
 
 Both score functions rise with the logit, so the largest logits have the largest scores; choosing by logit keeps the
 choice free of any exponential's rounding, hence equal on every machine. Softmax with renormalize is "top K, then
@@ -81,10 +83,19 @@ def expert_activation(u: Array, attributes: MoEAttributes) -> Array:
         case [z]:
             return activation(z)
         case [gate, up]:
+            if attributes.has_own_gates:
+                return clamped_gate(gate, up, attributes)
             return activation(gate) * up
         case [a, b, up]:
             return a * activation(b) * up
     raise AssertionError(attributes)
+
+
+def clamped_gate(gate: Array, up: Array, attributes: MoEAttributes) -> Array:
+    """Two-way silu gates of their own kind: gpt-oss has alpha 1.702, beta 1, limit 7."""
+    limit = attributes.limit or np.inf
+    gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return gate * sigmoid(attributes.alpha * gate) * (up + attributes.beta)
 
 
 def route(router_logits: Array, attributes: MoEAttributes) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -49,6 +49,9 @@ ATTRIBUTE_KINDS: dict[str, Literal["INT", "FLOAT", "STRING"]] = {
     "group_size": "INT",
     "capacity_factor": "FLOAT",
     "min_capacity": "INT",
+    "alpha": "FLOAT",
+    "beta": "FLOAT",
+    "limit": "FLOAT",
 }
 INPUTS = ("x", "router_logits", "w_in", "w_out", "b_in", "b_out", "w_in_scale", "w_out_scale")
 REQUIRED_INPUTS = 4
@@ -67,6 +70,8 @@ class MoEAttributes:
     group_size: weights along the contraction axis that share one scale (the last group may be short); 0: the whole row.
     capacity_factor: 0: no token is dropped; else an expert serves at most `capacity(T, E)` choices. Kept as a float32.
     min_capacity: lower bound of that number; unused when capacity_factor is 0.
+    alpha, beta, limit: of two_way silu gates alone: h = g sigmoid(alpha g) * (u + beta), with g = min(gate, limit) and
+        u = up between -limit and limit; limit 0: as they are. Kept as float32.
     """
 
     top_k: int
@@ -78,6 +83,9 @@ class MoEAttributes:
     group_size: int = 0
     capacity_factor: float = 0.0
     min_capacity: int = 0
+    alpha: float = 1.0
+    beta: float = 0.0
+    limit: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("top_k", 1), ("group_size", 0), ("min_capacity", 0)):
@@ -95,6 +103,22 @@ class MoEAttributes:
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < 1e6:
             raise GateworkError("MoE capacity_factor is out of range", got=repr(factor), expected="0 (dropless) to 1e6")
         object.__setattr__(self, "capacity_factor", _as_float32(factor))
+        self._check_gates()
+
+    def _check_gates(self) -> None:
+        for name in ("alpha", "beta", "limit"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
+                raise GateworkError(f"MoE {name} is out of range", got=repr(value), expected="0 to 1e6")
+            object.__setattr__(self, name, _as_float32(value))
+        if self.has_own_gates and (self.activation, self.glu) != ("silu", "two_way"):
+            got = f"{self.glu} {self.activation} gates"
+            raise GateworkError("MoE alpha, beta and limit are of two_way silu gates", got=got)
+
+    @property
+    def has_own_gates(self) -> bool:
+        """Whether two-way gates are not plainly act(gate) * up."""
+        return (self.alpha, self.beta, self.limit) != (1.0, 0.0, 0.0)
 
     @property
     def matrices(self) -> int:

@@ -73,10 +73,14 @@ def _moe(
     group_size: int,
     capacity_factor: float,
     min_capacity: int,
+    alpha: float,
+    beta: float,
+    limit: float,
 ) -> Tensor:
     routing = {"top_k": top_k, "scoring": scoring, "renormalize": renormalize}
     routing |= {"capacity_factor": capacity_factor, "min_capacity": min_capacity}
     expert = {"activation": activation, "glu": glu, "weight_format": weight_format, "group_size": group_size}
+    expert |= {"alpha": alpha, "beta": beta, "limit": limit}
     inputs = (x, router_logits, w_in, w_out, b_in, b_out, w_in_scale, w_out_scale)
     return _eager(dict(zip(INPUTS, inputs, strict=True)), MoEAttributes.from_dict(routing | expert))
 
@@ -197,8 +201,17 @@ def expert(
     b_out: Tensor | None = None,
 ) -> Tensor:
     """One expert's output [rows, D] in x's dtype: x [rows, D], w_in [G*I, D], w_out [D, I], b_in [G*I], b_out [D]."""
-    h = gated(F.linear(x, w_in, b_in).float(), attributes.activation, attributes.glu).to(x.dtype)
-    return F.linear(h, w_out, b_out)
+    u = F.linear(x, w_in, b_in).float()
+    h = _own_gates(u, attributes) if attributes.has_own_gates else gated(u, attributes.activation, attributes.glu)
+    return F.linear(h.to(x.dtype), w_out, b_out)
+
+
+def _own_gates(u: Tensor, attributes: MoEAttributes) -> Tensor:
+    """h [rows, I] from u [rows, 2 I]; see `reference.clamped_gate`."""
+    gate, up = u.chunk(2, dim=-1)
+    if limit := attributes.limit:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(attributes.alpha * gate) * (up + attributes.beta)
 
 
 def gated(u: Tensor, activation: str, glu: str) -> Tensor:

@@ -27,6 +27,11 @@ _EXAMPLES = """
     gatework inspect Mixtral-8x7B-v0.1/params.json --fits 24GiB,80GB
     gatework inspect engines/tiny --json
 """
+_BIASES = {
+    "qkv": "of q, k and v",
+    "attn": "of attention's products",
+    "all": "of every product and norm",
+}
 _GATES = {"none": "not gated", "two_way": "gated", "three_way": "gates twice as wide, one half times the other"}
 _DEFAULT_SIZES = "16GiB,24GiB,32GiB,48GiB,80GiB,141GB"
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.index.json", "tensor00000_000", "ckpt-0/tensor00000_000")
@@ -146,12 +151,16 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
     if config.moe is not None:
         rule = "renormalised" if config.moe.renormalize else "not renormalised"
         rows.append(("experts", f"{config.moe.num_experts}, top {config.moe.top_k}, weights {rule}"))
+        if config.moe.bias:
+            rows.append(("router and experts", "with biases"))
+        if (limit := config.moe.limit) > 0:
+            rows.append(("experts' gates", f"up to {limit:g}, sigmoid of {config.moe.alpha:g} times"))
         if config.moe.shared_width is not None:
             rows.append(("shared expert", f"{config.moe.shared_width} wide, weighed by a sigmoid"))
     rows += [
         ("vocabulary", f"{config.vocab_size:,}{', tied embeddings' if config.tie_embeddings else ''}"),
         ("context", f"{config.max_position_embeddings:,} tokens"),
-        ("sliding window", "none" if config.sliding_window is None else f"{config.sliding_window:,} tokens"),
+        ("sliding window", _window(config)),
         ("rotary base", f"{config.rope_theta:,.10g}" if config.rotary_dim else "none, ALiBi"),
         ("norm", f"{'RMSNorm' if config.norm == 'rms' else 'LayerNorm'}, epsilon {config.norm_eps:g}"),
     ]
@@ -159,8 +168,13 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
         rows.append(("q, k normalised", "each head by itself" if config.qk_norm == "head" else "all heads as one"))
     if config.rope_dim is not None:
         rows.append(("rotates", f"the first {config.rope_dim} of a head's {config.head_dim} values"))
+    if config.yarn is not None:
+        yarn = config.yarn
+        rows.append(("YaRN", f"{yarn.factor:g} times the {yarn.original_length:,} tokens trained on"))
     if config.bias is not None:
-        rows.append(("biases", "of every product and norm" if config.bias == "all" else "of q, k and v"))
+        rows.append(("biases", _BIASES[config.bias]))
+    if config.attn_sinks:
+        rows.append(("attention sinks", "one to a head"))
     if config.parallel:
         rows.append(("layers", "attention and feed-forward side by side"))
     if config.moe is not None and config.moe_layers < config.num_layers:
@@ -184,6 +198,14 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
     if config.qkv_clip is not None:
         rows.append(("q, k, v clipped to", f"±{config.qkv_clip:g}"))
     return rows
+
+
+def _window(config: ModelConfig) -> str:
+    if config.sliding_window is None:
+        return "none"
+    layers = config.num_layers - len(config.full_attention)
+    where = f", in {layers} of {config.num_layers} layers" if config.full_attention else ""
+    return f"{config.sliding_window:,} tokens{where}"
 
 
 def _engine_rows(config: ModelConfig, engine: dict[str, Any]) -> list[tuple[str, str]]:

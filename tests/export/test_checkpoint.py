@@ -254,6 +254,32 @@ def test_weights_of_ckpt_0(tmp_path: Path, inside: bool) -> None:
         assert torch.equal(rows.view(tensor.shape), tensor), name
 
 
+def gpt_oss_weights(model: Any) -> dict[str, Tensor]:
+    """Canonical weights from the modules of transformers' gpt-oss, in which gate and up alternate."""
+    expected = {"embed.weight": model.model.embed_tokens.weight, "norm.weight": model.model.norm.weight}
+    expected["lm_head.weight"] = model.lm_head.weight
+    for i, layer in enumerate(model.model.layers):
+        attention, experts = layer.self_attn, layer.mlp.experts
+        parts = {f"attn.{part}": getattr(attention, f"{part}_proj") for part in "qkvo"} | {
+            "moe.router": layer.mlp.router
+        }
+        tensors = {
+            f"{name}.{kind}": getattr(module, kind) for name, module in parts.items() for kind in ("weight", "bias")
+        }
+        norms = {"attn_norm": layer.input_layernorm, "ffn_norm": layer.post_attention_layernorm}
+        tensors |= {f"{name}.weight": module.weight for name, module in norms.items()}
+        rows, bias = experts.gate_up_proj.transpose(1, 2), experts.gate_up_proj_bias
+        tensors |= {
+            "attn.sinks": attention.sinks,
+            "moe.w_in": torch.cat([rows[:, ::2], rows[:, 1::2]], dim=1),
+            "moe.b_in": torch.cat([bias[:, ::2], bias[:, 1::2]], dim=1),
+            "moe.w_out": experts.down_proj.transpose(1, 2),
+            "moe.b_out": experts.down_proj_bias,
+        }
+        expected |= {f"layers.{i}.{name}": tensor for name, tensor in tensors.items()}
+    return expected
+
+
 def dbrx_weights(model: Any) -> dict[str, Tensor]:
     """Canonical weights from the modules of transformers' DBRX."""
     config, body = model.config, model.transformer
@@ -309,7 +335,7 @@ def mpt_weights(model: Any) -> dict[str, Tensor]:
     return expected
 
 
-ORACLES = {"dbrx": dbrx_weights, "phi": phi_weights, "mpt": mpt_weights}
+ORACLES = {"dbrx": dbrx_weights, "phi": phi_weights, "mpt": mpt_weights, "gpt_oss": gpt_oss_weights}
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["table", "odd"])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gatework.export.config import ModelConfig, MoEConfig
+from gatework.export.yarn import YarnConfig
 from gatework.plugins.errors import GateworkError
 
 DENSE = ModelConfig(
@@ -23,6 +24,9 @@ DENSE = ModelConfig(
     head_dim=16,
     max_position_embeddings=64,
 )
+YARN = YarnConfig(factor=4.0, original_length=16)
+OWN_GATES = MoEConfig(num_experts=4, top_k=2, alpha=1.702, beta=1.0, limit=7.0)
+SINKS = replace(DENSE, sliding_window=4, full_attention=(1,), attn_sinks=True, yarn=YARN, bias="attn", moe=OWN_GATES)
 ROUTED = replace(DENSE, moe=MoEConfig(num_experts=5, top_k=3), eos_token_ids=(2, 7), dtype="bfloat16", qkv_clip=8.0)
 
 
@@ -64,6 +68,18 @@ ROUTED = replace(DENSE, moe=MoEConfig(num_experts=5, top_k=3), eos_token_ids=(2,
         ({"embed_multiplier": math.nan}, "embed_multiplier"),
         ({"logit_multiplier": None}, "logit_multiplier"),
         ({"moe_interval": 0}, "moe_interval"),
+        ({"sliding_window": 4, "full_attention": (2,)}, "full_attention"),
+        ({"sliding_window": 4, "full_attention": (1, 1)}, "full_attention"),
+        ({"sliding_window": 4, "full_attention": (True,)}, "full_attention"),
+        ({"full_attention": (1,)}, "full_attention"),
+        ({"attn_sinks": True, "alibi_bias_max": 8.0}, "exclude each other"),
+        ({"attn_sinks": True, "attn_softcap": 8.0}, "exclude each other"),
+        ({"yarn": YARN, "alibi_bias_max": 8.0}, "exclude each other"),
+        ({"yarn": YARN, "ntk_length": 32}, "YaRN does not go with this"),
+        ({"yarn": YARN, "rope_theta": 1.0}, "YaRN does not go with this"),
+        ({"glu": "none", "moe": OWN_GATES}, "gates"),
+        ({"activation": "gelu", "moe": OWN_GATES}, "gates"),
+        ({"moe_interval": 2, "moe": OWN_GATES}, "experts in every layer"),
         ({"moe_interval": 3, "moe": MoEConfig(num_experts=4, top_k=2)}, "moe_interval"),
     ],
 )
@@ -83,12 +99,34 @@ def test_impossible_shared_expert_is_refused_by_name() -> None:
         MoEConfig(num_experts=4, top_k=2, shared_width=0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"alpha": -1.0}, "alpha"), ({"limit": math.inf}, "limit"), ({"limit": 7.0, "shared_width": 8}, "shared expert")],
+)
+def test_impossible_gates_are_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(GateworkError, match=named):
+        MoEConfig(num_experts=4, top_k=2, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"factor": math.nan}, "factor"),
+        ({"factor": 0.5}, "out of range"),
+        ({"original_length": 1.5}, "original_length"),
+    ],
+)
+def test_impossible_yarn_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(GateworkError, match=named):
+        replace(YARN, **changes)
+
+
 def test_config_is_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         DENSE.vocab_size = 1  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("config", [DENSE, ROUTED], ids=["dense", "routed"])
+@pytest.mark.parametrize("config", [DENSE, ROUTED, SINKS], ids=["dense", "routed", "sinks"])
 def test_json_round_trip(config: ModelConfig) -> None:
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

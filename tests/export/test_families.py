@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,48 @@ OPENMOE_BASE |= {"num_key_value_heads": 12, "intermediate_size": 2048, "num_expe
 OPENMOE_34B = OPENMOE | {"hidden_size": 3072, "num_hidden_layers": 32, "intermediate_size": 12288}
 OPENMOE_34B |= {"moe_layer_interval": 4}
 
+GPT_OSS_20B = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "pad_token_id": 199999,
+    "quantization_config": {"modules_to_not_convert": ["lm_head"], "quant_method": "mxfp4"},
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 201088,
+}
+GPT_OSS_120B = GPT_OSS_20B | {"num_hidden_layers": 36, "num_local_experts": 128, "layer_types": None}
+YARN = GPT_OSS_20B["rope_scaling"]
+
 # name -> config, parameters, active parameters, bytes of keys and values per token in fp16
 PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "llama-7b": (llama(4096, 32, 32, 11008, rms_norm_eps=1e-6), 6_738_415_616, 6_738_415_616, 524_288),
@@ -341,6 +384,8 @@ PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "grok-1": (GROK_1, 315_684_820_992, 83_756_587_008, 262_144),
     "openmoe-base": (OPENMOE_BASE, 799_663_104, 535_421_952, 36_864),
     "openmoe-8b": (OPENMOE, 11_855_046_656, 3_801_982_976, 294_912),
+    "gpt-oss-20b": (GPT_OSS_20B, 20_914_757_184, 4_187_440_704, 49_152),
+    "gpt-oss-120b": (GPT_OSS_120B, 116_829_156_672, 5_711_982_912, 73_728),
     "openmoe-34b": (OPENMOE_34B, 46_270_737_408, 10_031_950_848, 393_216),
 }
 
@@ -410,6 +455,7 @@ SILENT: dict[str, Raw] = {
     "qwen2": without(QWEN2, "rms_norm_eps", "rope_theta", "max_position_embeddings"),
     "qwen2_moe": without(QWEN2_MOE, "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
     "phi": without(PHI, "layer_norm_eps", "rope_theta", "max_position_embeddings", "partial_rotary_factor"),
+    "gpt-oss": without(GPT_OSS_20B, "head_dim", "num_key_value_heads", "rope_theta", "sliding_window"),
     "olmoe": without(OLMOE, "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
 }
 
@@ -418,7 +464,7 @@ SILENT: dict[str, Raw] = {
 def test_silent_fields_mean_what_transformers_takes_them_for(name: str) -> None:
     raw = SILENT[name]
     config = read(raw)
-    theirs = transformers.AutoConfig.for_model(**raw)
+    theirs = transformers.AutoConfig.for_model(**deepcopy(raw))  # which it writes into
     assert config.num_kv_heads == theirs.num_key_value_heads
     assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     assert config.norm_eps == (theirs.layer_norm_eps if config.norm == "layer" else theirs.rms_norm_eps)
@@ -673,6 +719,24 @@ UNSUPPORTED: dict[str, tuple[Raw, str]] = {
     "grok cap": (GROK_1 | {"max_attn_value": 0}, "attn_softcap"),
     "grok scale": (GROK_1 | {"attn_output_multiplier": -1}, "attn_scale"),
     "grok class": (GROK_1 | {"model_type": "grok-1", "architectures": ["Grok2"]}, "architectures"),
+    "gpt-oss layers": (GPT_OSS_20B | {"layer_types": ["full_attention"]}, "layer_types"),
+    "gpt-oss kinds": (GPT_OSS_20B | {"layer_types": ["chunked_attention"] * 24}, "layer_types"),
+    "gpt-oss window": (GPT_OSS_20B | {"sliding_window": None}, "sliding_window"),
+    "gpt-oss limit": (GPT_OSS_20B | {"swiglu_limit": 0}, "swiglu_limit"),
+    "gpt-oss alpha": (GPT_OSS_20B | {"swiglu_alpha": -1.0}, "alpha"),
+    "gpt-oss quantised": (GPT_OSS_20B | {"quantization_config": {"quant_method": "gptq"}}, "quant_method"),
+    "gpt-oss unquantised": (GPT_OSS_20B | {"quantization_config": {}}, "quantization_config"),
+    "gpt-oss experts": (without(GPT_OSS_20B, "num_local_experts"), "num_local_experts"),
+    "gpt-oss rope": (GPT_OSS_20B | {"rope_scaling": YARN | {"rope_type": "longrope"}}, "rope_scaling.rope_type"),
+    "gpt-oss ropes": (GPT_OSS_20B | {"rope_parameters": YARN}, "rope_scaling"),
+    "gpt-oss mscale": (GPT_OSS_20B | {"rope_scaling": YARN | {"mscale": 0.7}}, "rope_scaling.mscale"),
+    "gpt-oss factor": (GPT_OSS_20B | {"rope_scaling": YARN | {"factor": None}}, "rope_scaling.factor"),
+    "gpt-oss slow": (GPT_OSS_20B | {"rope_scaling": YARN | {"beta_slow": 64}}, "YaRN is out of range"),
+    "gpt-oss length": (
+        GPT_OSS_20B | {"rope_scaling": YARN | {"original_max_position_embeddings": 0}},
+        "original_length of YaRN",
+    ),
+    "gpt-oss base": (GPT_OSS_20B | {"rope_theta": 0}, "rope_theta"),
     "nested": (DBRX | {"attn_config": [1]}, "attn_config"),
 }
 

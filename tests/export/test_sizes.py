@@ -25,6 +25,8 @@ CASES: list[tuple[str, str, dict[str, Any], int | None]] = [
     ("phi", "int8", {}, None),
     ("mpt", "int4", {}, None),
     ("qwen2_moe", "int8", {}, None),
+    ("gpt-oss", "int8", {"intermediate_size": 50}, None),
+    ("gpt-oss", "fp32", {}, None),
     ("llama1", "int8", {}, None),  # width 172: padded blocks
     ("llama2", "int4", {"tie_embeddings": True}, None),
     ("llama2", "int8", {"hidden_size": 40, "head_dim": 10}, 16),  # no group fits the embedding: float32

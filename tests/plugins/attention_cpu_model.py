@@ -24,13 +24,15 @@ class Settings:
     window: int = 0
 
 
-def attention_model(settings: Settings, *, joined: bool, slopes: bool = False) -> onnx.ModelProto:
+def attention_model(settings: Settings, *, joined: bool, slopes: bool = False, sinks: bool = False) -> onnx.ModelProto:
     """A graph of the node, all of whose inputs are the graph's."""
     kinds = {"q": 3, "past_k": 4, "past_v": 4, "write_indices": 1, "cos": 2, "sin": 2}
     if not joined:
         kinds |= {"k": 3, "v": 3}
     if slopes:
         kinds |= {"slopes": 1}
+    if sinks:
+        kinds |= {"sinks": 1}
     outputs = {"y": 3, "present_k": 4, "present_v": 4}
     node = helper.make_node(
         "CachedAttention", _places(list(kinds)), list(outputs), domain="gatework", **asdict(settings)
@@ -47,7 +49,7 @@ def attention_model(settings: Settings, *, joined: bool, slopes: bool = False) -
 
 def _places(names: list[str]) -> list[str]:
     """Inputs in their places, those not given left empty."""
-    order = ["q", "past_k", "past_v", "write_indices", "cos", "sin", "k", "v", "slopes"]
+    order = ["q", "past_k", "past_v", "write_indices", "cos", "sin", "k", "v", "slopes", "sinks"]
     while order[-1] not in names:
         order.pop()
     return [name if name in names else "" for name in order]
@@ -93,8 +95,10 @@ def definition(settings: Settings, feeds: dict[str, Array]) -> tuple[Array, Arra
                     scores = settings.softcap * np.tanh(scores / settings.softcap)
                 if "slopes" in feeds:
                     scores = scores + feeds["slopes"][head] * np.arange(first - start - s, 1)
-                weights = np.exp(scores - scores.max())
-                y[b, s, head] = weights @ values[b, group, seen] / weights.sum()
+                sink = feeds["sinks"][head] if "sinks" in feeds else -np.inf
+                top = max(scores.max(), sink)
+                weights = np.exp(scores - top)
+                y[b, s, head] = weights @ values[b, group, seen] / (weights.sum() + np.exp(sink - top))
     return y.reshape(B, S, -1), keys, values
 
 

@@ -13,14 +13,17 @@ from gatework.plugins.moe.spec import CHOICES, MoEAttributes
 
 Array = np.ndarray
 TOKENS = (0, 1, 7, 33)
+OWN_GATES: list[dict[str, float]] = [{"alpha": 1.702, "beta": 1.0, "limit": 0.7}, {"alpha": 0.5}]
 LARGEST = {"fp8_e4m3": 448.0, "int8": 127.0, "int4": 7.0}
 
 
 def attribute_grid(**fixed: Any) -> list[MoEAttributes]:
-    """Every choice of arithmetic, with and without capacity; K 3 (of 5 experts)."""
+    """Every choice of arithmetic, with and without capacity, and gates of their own if none is `fixed`; K 3 (of 5 experts)."""
     grid = product(CHOICES["glu"], CHOICES["activation"], CHOICES["scoring"], (True, False), (0.0, 1.1))
     names = ("glu", "activation", "scoring", "renormalize", "capacity_factor")
-    cases = (MoEAttributes(**{"top_k": 3} | dict(zip(names, values, strict=True)) | fixed) for values in grid)
+    cases = [MoEAttributes(**{"top_k": 3} | dict(zip(names, values, strict=True)) | fixed) for values in grid]
+    if not fixed:
+        cases += [MoEAttributes(top_k=3, **gate) for gate in OWN_GATES]
     return list(dict.fromkeys(cases))
 
 

@@ -123,17 +123,20 @@ def run_all(library: Path | str) -> dict[str, Array]:
             MoEAttributes(top_k=2),
             MoEAttributes(top_k=3, glu="three_way", activation="gelu_tanh", scoring="sigmoid", capacity_factor=1.1),
             MoEAttributes(top_k=1, glu="none", activation="gelu", renormalize=False),
+            MoEAttributes(top_k=4, alpha=1.702, beta=1.0, limit=0.5),
         ):
             D, E, I = 60, 7, 41
-            run = session(moe_model(attributes, bits, 32, D=D, E=E, I=I, bias=attributes.top_k == 3)[0], library)
+            run = session(moe_model(attributes, bits, 32, D=D, E=E, I=I, bias=attributes.top_k >= 3)[0], library)
             for T in (0, 1, 2, 5, 67, 200):
                 x, logits = rng.standard_normal((T, D), np.float32), rng.standard_normal((T, E), np.float32)
                 key = f"moe {bits} {attributes.top_k} {T}"
                 (outputs[key],) = run.run(None, {"x": x, "router_logits": logits})
     for settings in (Settings(), Settings(num_heads=8, kv_num_heads=1, softcap=3.0, window=40)):
-        run = session(attention_model(settings, joined=True), library)
+        run = session(attention_model(settings, joined=True, sinks=settings.window > 0), library)
         for S in (1, 60):
             feeds = attention_feeds(settings, [0, 1200], S, width=80, rotary=32, joined=True)
+            if settings.window:
+                feeds["sinks"] = np.linspace(-3, 3, settings.num_heads, dtype=np.float32)
             y, present_k, _ = run.run(None, feeds)
             outputs |= {f"attention {settings.softcap} {S}": y, f"keys {settings.softcap} {S}": present_k}
     return outputs

@@ -15,7 +15,8 @@ RELATIVE = 2e-6  # float32, against float64
 def run(settings: Settings, feeds: dict[str, np.ndarray], threads: int = 2) -> list[np.ndarray]:
     library = cpu_ops.find_library()
     assert library is not None, "the environment was set up without a C++ compiler"
-    model = attention_model(settings, joined="k" not in feeds, slopes="slopes" in feeds)
+    given = {name: name in feeds for name in ("slopes", "sinks")}
+    model = attention_model(settings, joined="k" not in feeds, **given)
     return session(model, library, threads).run(None, feeds)  # type: ignore[no-any-return]
 
 
@@ -58,16 +59,27 @@ def test_alibi_without_rotation(S: int, joined: bool) -> None:
         assert relative(got, want) <= RELATIVE
 
 
+@pytest.mark.parametrize("S", [1, 40])
+def test_sinks(S: int) -> None:
+    """Below all scores, among them and above, in one split and in several."""
+    settings = Settings(num_heads=6, kv_num_heads=2, window=0 if S == 1 else 30)
+    feeds = attention_feeds(settings, [1200, 0, 7], S, width=32, rotary=16, joined=True)
+    feeds["sinks"] = np.array([-90, -1, 0, 2, 9, 90], np.float32)
+    for got, want in zip(run(settings, feeds), definition(settings, feeds), strict=True):
+        assert relative(got, want) <= RELATIVE
+
+
 @pytest.mark.parametrize("S", [1, 60])
 def test_same_bits_alone_and_on_any_number_of_threads(S: int) -> None:
     settings = Settings(num_heads=8, kv_num_heads=2)
     feeds = attention_feeds(settings, [3, 1100, 64], S, width=32, rotary=32, joined=True)
+    feeds["sinks"] = np.linspace(-2, 2, 8, dtype=np.float32)
     want = run(settings, feeds, threads=1)
     for threads in (2, 5):
         for got, expected in zip(run(settings, feeds, threads), want, strict=True):
             assert np.array_equal(got, expected)
     for b in range(3):
-        alone = {name: feeds[name] if name in ("cos", "sin") else feeds[name][b : b + 1] for name in feeds}
+        alone = {name: feeds[name] if name in ("cos", "sin", "sinks") else feeds[name][b : b + 1] for name in feeds}
         for got, expected in zip(run(settings, alone), want, strict=True):
             assert np.array_equal(got[0], expected[b])
 
@@ -93,6 +105,7 @@ def test_large_scores_and_what_is_no_number() -> None:
         ("cos", np.zeros((1300, 32), np.float32), "narrower than their rotation"),
         ("sin", np.zeros((7, 8), np.float32), "input sin has"),
         ("past_v", np.zeros((1, 2, 4, 32), np.float32), "input past_v has"),
+        ("sinks", np.zeros(3, np.float32), "input sinks has 3 elements, expected 4"),
     ],
 )
 def test_misfits_are_refused(name: str, change: np.ndarray, message: str) -> None:

@@ -64,16 +64,17 @@ void enlist(const Attention& attention, const int64_t* starts, int batch, int le
   work.total.resize(rows);
 }
 
-// y: the parts of one row, from tasks [first, last), as if one task had seen all keys.
+// y: the parts of one row, from tasks [first, last), as if one task had seen all keys; sink: of the row's head, or nullptr.
 void join(const Kernels& kernels, const Attention& attention, const Workspace& work, size_t first, size_t last, size_t row,
-          float* y) {
+          const float* sink, float* y) {
   float top = work.top[work.rows[first] + row];
   for (size_t i = first + 1; i < last; ++i) top = std::max(top, work.top[work.rows[i] + row]);
-  float total = 0.0f;
+  if (sink) top = std::max(top, *sink);
+  float total = sink ? kernels.exponential(*sink - top) : 0.0f;
   std::fill_n(y, attention.width, 0.0f);
   for (size_t i = first; i < last; ++i) {
     const size_t part = work.rows[i] + row;
-    const float weight = first + 1 == last ? 1.0f : kernels.exponential(work.top[part] - top);
+    const float weight = first + 1 == last && !sink ? 1.0f : kernels.exponential(work.top[part] - top);
     const float* read = work.read.data() + part * attention.width;
     total += weight * work.total[part];
     for (int d = 0; d < attention.width; ++d) y[d] += weight * read[d];
@@ -128,7 +129,8 @@ void run_attention(const Kernels& kernels, const Attention& attention, const Pro
     for (int row = 0; row < task.tokens * group; ++row) {
       const size_t token = size_t(task.sequence) * length + task.first + row / group;
       const size_t head = size_t(task.head) * group + row % group;
-      join(kernels, attention, work, first, last, row, y + (token * attention.heads + head) * width);
+      const float* sink = attention.sinks ? attention.sinks + head : nullptr;
+      join(kernels, attention, work, first, last, row, sink, y + (token * attention.heads + head) * width);
     }
   }
 }

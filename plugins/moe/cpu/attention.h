@@ -13,6 +13,7 @@ struct Attention {
   float scale;    // of the scores
   float softcap;  // c: scores become c * tanh(score / c); 0: they stay as they are
   int window;     // keys that a query sees, its own included; 0: all up to its own
+  const float* sinks;   // [heads] or nullptr: a score more in the softmax, for no key
   const float* slopes;  // [heads] or nullptr: what ALiBi takes off for each position that a key is behind the query
 };
 

@@ -75,6 +75,14 @@ struct Queries {
 
 enum class Activation { silu, gelu, gelu_tanh, relu };
 
+// A two-way silu gate: g * sigmoid(alpha * g) * (u + beta), where g is at most limit and u between -limit and limit; without a
+// limit (0) they are what they are.
+struct Gate {
+  float alpha, beta, limit;
+
+  bool plain() const { return alpha == 1.0f && beta == 0.0f && limit == 0.0f; }
+};
+
 // The innermost loops, once per instruction set. All give the same bits: sums of integers are exact, and floating-point
 // operations happen in one order, fused multiply-add only where it is written.
 struct Kernels {
@@ -86,6 +94,8 @@ struct Kernels {
   void (*quantize)(const Columns&, const float* x, int8_t* codes, float* scales, int32_t* sums);
   // z[i] = activation(z[i])
   void (*activate)(Activation, float* z, int count);
+  // gate[i] = the gate of gate[i] and up[i]
+  void (*open_gate)(const Gate&, float* gate, const float* up, int count);
   // Of the keys [begin, end), each row's largest score, the sum of all exp(score - top), and with these weights that of values
   void (*attend)(const Head&, const Queries&, int begin, int end, float* y, float* top, float* total);
   float (*exponential)(float);

@@ -69,6 +69,16 @@ class Attributes {
     return value;
   }
 
+  // Of graphs that may be older than the attribute.
+  float real(const char* name, float otherwise) const {
+    float value = otherwise;
+    if (ort::Status* status = api.float_attribute(info_, name, &value)) {
+      api.release_status(status);
+      return otherwise;
+    }
+    return value;
+  }
+
   // The place of a string attribute among `known`.
   int choice(const char* name, std::initializer_list<const char*> known) const {
     char text[32] = "";
@@ -199,6 +209,11 @@ struct MoEKernel {
     moe.out = attributes.columns("expert_width", true);
     moe.glu = Glu(attributes.choice("glu", {"none", "two_way", "three_way"}) + 1);
     moe.activation = Activation(attributes.choice("activation", {"silu", "gelu", "gelu_tanh", "relu"}));
+    moe.gate = {attributes.real("alpha", 1.0f), attributes.real("beta", 0.0f), attributes.real("limit", 0.0f)};
+    if (!moe.gate.plain() && (moe.glu != Glu::two_way || moe.activation != Activation::silu))
+      throw Failure{ort::kInvalidArgument, "alpha, beta and limit are of two_way silu gates"};
+    if (!(moe.gate.alpha >= 0.0f && moe.gate.beta >= 0.0f && moe.gate.limit >= 0.0f))
+      throw Failure{ort::kInvalidArgument, "attribute alpha, beta or limit is out of range"};
     Router& router = moe.router;
     router.experts = attributes.integer("num_experts", 1, 1 << 16);
     router.top_k = attributes.integer("top_k", 1, router.experts);
@@ -229,7 +244,7 @@ struct MoEKernel {
 struct AttentionKernel {
   static constexpr const char* kName = "CachedAttention";
   static constexpr int kTypes[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64,
-                                   ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat};
+                                   ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat};
   static constexpr size_t kRequiredInputs = 6, kOutputs = 3;
 
   const Kernels& path = kernels();
@@ -250,7 +265,7 @@ struct AttentionKernel {
     const Tensor cos = input(context, 4), sin = input(context, 5), k = input(context, 6), v = input(context, 7);
     if (q.shape.size() != 3 || past_k.shape.size() != 4 || cos.shape.size() != 2)
       throw Failure{ort::kInvalidArgument, "expected q [B, S, width], past_k [B, heads, slots, width] and cos [slots, half]"};
-    const Tensor slopes = input(context, 8);
+    const Tensor slopes = input(context, 8), sinks = input(context, 9);
     Attention sized = attention;
     const int64_t B = q.shape[0], S = q.shape[1], slots = past_k.shape[2], kv_heads = attention.kv_heads;
     const int64_t width = past_k.shape[3], half = cos.shape[1], kv_width = kv_heads * width;
@@ -266,6 +281,8 @@ struct AttentionKernel {
     expect_count("write_indices", starts, B);
     if (slopes.data) expect_count("slopes", slopes, attention.heads);
     sized.slopes = slopes.as<float>();
+    if (sinks.data) expect_count("sinks", sinks, attention.heads);
+    sized.sinks = sinks.as<float>();
     for (int64_t b = 0; b < B; ++b)
       if (starts.as<int64_t>()[b] < 0 || starts.as<int64_t>()[b] > slots - S)
         throw Failure{ort::kInvalidArgument, "write_indices are outside the cache"};

@@ -43,12 +43,16 @@ void expert_in(const Kernels& kernels, const MoE& moe, const Experts& experts, i
     }
   }
   float(*const gate)[kRows] = part[moe.glu == Glu::three_way ? 1 : 0];
-  kernels.activate(moe.activation, gate[0], tokens * kRows);
+  const bool plain = moe.gate.plain();
+  if (plain)
+    kernels.activate(moe.activation, gate[0], tokens * kRows);
+  else
+    kernels.open_gate(moe.gate, gate[0], part[1][0], tokens * kRows);
   for (int t = 0; t < tokens; ++t) {
     float* h = hidden + size_t(t) * I + first;
     for (int r = 0; r < count; ++r) {
       const float a = moe.glu == Glu::three_way ? part[0][t][r] * gate[t][r] : gate[t][r];
-      h[r] = moe.glu == Glu::none ? a : a * part[G - 1][t][r];
+      h[r] = moe.glu == Glu::none || !plain ? a : a * part[G - 1][t][r];
     }
   }
 }

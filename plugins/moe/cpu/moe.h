@@ -12,6 +12,7 @@ struct MoE {
   Router router;
   Activation activation;
   Glu glu;
+  Gate gate;  // of two-way silu gates
   Columns in, out;  // columns of w_in: D; of w_out: I, the expert width
 
   int matrices() const { return int(glu); }

@@ -217,6 +217,15 @@ void activate(Activation activation, float* z, int count) {
   }
 }
 
+inline void open_gate(const Gate& settings, float* gate, const float* up, int count) {
+  const float limit = settings.limit > 0.0f ? settings.limit : INFINITY;
+  for (int i = 0; i < count; ++i) {
+    const float g = gate[i] > limit ? limit : gate[i];
+    const float u = up[i] > limit ? limit : up[i] < -limit ? -limit : up[i];
+    gate[i] = g / (1.0f + exponential(-settings.alpha * g)) * (u + settings.beta);
+  }
+}
+
 }  // namespace
 }  // namespace gatework
 
@@ -227,7 +236,7 @@ namespace {
 
 template <class Isa>
 constexpr Kernels kernels_of(const char* name, bool (*supported)()) {
-  return {name, supported, product<Isa>, quantize<Isa>, activate<Isa>, attend<typename Isa::Lanes>, exponential};
+  return {name, supported, product<Isa>, quantize<Isa>, activate<Isa>, open_gate, attend<typename Isa::Lanes>, exponential};
 }
 
 }  // namespace
