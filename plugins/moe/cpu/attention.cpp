@@ -8,18 +8,13 @@ namespace {
 
 constexpr int kTileRows = 96;  // queries of a task, whose scores and keys stay in a core's own cache
 constexpr int kSplit = 1024;   // keys of a task where there is one query a head
-constexpr size_t kSerial = 16;  // positions whose rotation is not worth waking a thread
+constexpr size_t kSerial = 16;  // positions whose rotation, and so on, is not worth waking a thread
 
 // Some queries of one key/value head, and the keys that the task looks at.
 struct Task {
   int sequence, head;  // of keys and values
   int first, tokens;
   int begin, end;
-
-  // Whether it has other keys for the queries of an earlier task.
-  bool continues(const Task& other) const {
-    return sequence == other.sequence && head == other.head && first == other.first;
-  }
 };
 
 // What one call needs, kept from call to call.
@@ -28,7 +23,8 @@ struct Workspace {
   std::vector<float> read;     // a row for each query of each task
   std::vector<float> top, total;
   std::vector<Task> tasks;
-  std::vector<size_t> rows;  // of each task, the first in `read`
+  std::vector<size_t> rows;     // of each task, the first in `read`
+  std::vector<size_t> parted;   // the first task of each that share queries
 };
 
 // x [width] in its position's angles, times scale.
@@ -47,6 +43,7 @@ void enlist(const Attention& attention, const int64_t* starts, int batch, int le
   const int tile = std::max(1, kTileRows / group);
   work.tasks.clear();
   work.rows.clear();
+  work.parted.clear();
   size_t rows = 0;
   for (int b = 0; b < batch; ++b)
     for (int head = 0; head < attention.kv_heads; ++head)
@@ -54,6 +51,7 @@ void enlist(const Attention& attention, const int64_t* starts, int batch, int le
         const int tokens = std::min(tile, length - first), start = int(starts[b]) + first;
         const int seen = attention.window ? std::max(0, start - attention.window + 1) : 0, end = start + tokens;
         const int span = length == 1 ? kSplit : end - seen;
+        work.parted.push_back(work.tasks.size());
         for (int begin = seen; begin < end; begin += span, rows += size_t(tokens) * group) {
           work.tasks.push_back({b, head, first, tokens, begin, std::min(begin + span, end)});
           work.rows.push_back(rows);
@@ -106,11 +104,14 @@ void run_attention(const Kernels& kernels, const Attention& attention, const Pro
       std::copy_n(x.v + row * x.v_stride + size_t(head) * width, width, cache.values + place);
     }
   };
-  const size_t rows = size_t(batch) * length;
-  if (rows > kSerial)
-    threads.each(rows, write_position);
-  else
-    for (size_t row = 0; row < rows; ++row) write_position(row);
+  const size_t positions = size_t(batch) * length;
+  const auto shared_out = [&](size_t count, auto&& task) {
+    if (positions > kSerial)
+      threads.each(count, task);
+    else
+      for (size_t i = 0; i < count; ++i) task(i);
+  };
+  shared_out(positions, write_position);
 
   enlist(attention, starts, batch, length, work);
   threads.each(work.tasks.size(), [&](size_t i) {
@@ -123,16 +124,16 @@ void run_attention(const Kernels& kernels, const Attention& attention, const Pro
                    work.read.data() + work.rows[i] * width, work.top.data() + work.rows[i], work.total.data() + work.rows[i]);
   });
 
-  for (size_t first = 0, last; first < work.tasks.size(); first = last) {
+  shared_out(work.parted.size(), [&](size_t i) {
+    const size_t first = work.parted[i], last = i + 1 < work.parted.size() ? work.parted[i + 1] : work.tasks.size();
     const Task& task = work.tasks[first];
-    for (last = first + 1; last < work.tasks.size() && work.tasks[last].continues(task);) ++last;
     for (int row = 0; row < task.tokens * group; ++row) {
       const size_t token = size_t(task.sequence) * length + task.first + row / group;
       const size_t head = size_t(task.head) * group + row % group;
       const float* sink = attention.sinks ? attention.sinks + head : nullptr;
       join(kernels, attention, work, first, last, row, sink, y + (token * attention.heads + head) * width);
     }
-  }
+  });
 }
 
 }  // namespace gatework
