@@ -1,10 +1,14 @@
 """Makes a checkpoint with a public model's true shapes and shards in kilobytes of disk: its weights are holes, read as zeros.
 
-    python benchmarks/sparse_checkpoint.py mixtral-8x7b build/bench/sparse-mixtral
+    python -m benchmarks.sparse_checkpoint mixtral-8x7b build/bench/sparse-mixtral
 
-For measuring builds at full size. The configs are those of the public releases; no weights are. TensorRT stores equal
-constants once, so a plan of zeros is smaller than a real one: --dense fills all but the experts with random numbers, which
-takes gigabytes, and makes the plan as large as that of real weights.
+For measuring builds at full size. The configs are those of the public releases; no weights are. grok-1 has the names and shapes
+of hpcai-tech's port, whose files are torch's and not safetensors; grok-1-ckpt is xAI's own ckpt-0, 770 files.
+
+gpt-4-rumour is made up, for stress: it has the numbers of parameters that rumours give; no such model is known to exist.
+
+TensorRT stores equal constants once, so a plan of zeros is smaller than a real one: --dense fills all but the experts with
+random numbers, which takes gigabytes, and makes the plan as large as that of real weights.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from typing import Any
 import torch
 
 from gatework.export.families import FAMILIES
+from gatework.export.families.grok1 import PUBLISHED as GROK
+from tests.sparse_ckpt import write_sparse_ckpt
 
 MIXTRAL = {
     "architectures": ["MixtralForCausalLM"],
@@ -54,14 +60,45 @@ DBRX = {
     "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000},
     "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
 }
-MODELS: dict[str, tuple[dict[str, Any], int]] = {  # config, shards of the public release
+MIXTRAL_8X22B = MIXTRAL | {
+    "hidden_size": 6144,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 56,
+    "num_attention_heads": 48,
+    "max_position_embeddings": 65536,
+}
+# Made up, for stress: 16 experts of 111 B and 55 B of attention, 1.8 T in all. Rumours speak of MLPs with two matrices, d to
+# 4 d and back; three of 8/3 d are as many weights, and a Mixtral.
+GPT_4_RUMOUR = MIXTRAL | {
+    "hidden_size": 10752,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 120,
+    "num_attention_heads": 84,
+    "num_key_value_heads": 84,
+    "num_local_experts": 16,
+    "vocab_size": 100352,
+    "tie_word_embeddings": True,
+}
+GROK_1 = GROK | {"architectures": ["Grok1ModelForCausalLM"], "model_type": "grok-1", "dtype": "bfloat16"}
+CKPT = "grok-1-ckpt"
+MODELS: dict[str, tuple[dict[str, Any], int]] = {  # config, shards: of the public release, where it has safetensors
     "mixtral-8x7b": (MIXTRAL, 19),
+    "mixtral-8x22b": (MIXTRAL_8X22B, 59),
     "dbrx": (DBRX, 61),
+    "grok-1": (GROK_1, 65),
+    "gpt-4-rumour": (GPT_4_RUMOUR, 400),
 }
 
 
 def make(model: str, directory: Path, *, dense: bool = False) -> None:
-    """Write config.json, the shards and their index; with `dense`, numbers in place of the holes outside the experts."""
+    """Write config.json, the shards and their index; with `dense`, numbers in place of the holes outside the experts.
+
+    CKPT is made of holes alone, and needs no config.
+    """
+    if model == CKPT:
+        (directory / "ckpt-0").mkdir(parents=True, exist_ok=True)
+        write_sparse_ckpt(directory / "ckpt-0", linked=False)
+        return
     config, count = MODELS[model]
     family = FAMILIES[config["model_type"]]
     weights = family.weight_map(family.read_config(config))
@@ -110,7 +147,7 @@ def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]], numbers: torch.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("model", choices=[*MODELS, CKPT])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--dense", action="store_true", help="random numbers outside the experts")
     args = parser.parse_args()

@@ -21,8 +21,10 @@ from gatework.export.lower.packed import to_contrib
 from gatework.export.materialize import write_model
 from gatework.export.onnx_export import add_function_body, trace
 from gatework.export.options import BuildOptions
+from gatework.export.references import References, refer
+from gatework.export.sharing import plain_files, share
 from gatework.export.stages import cut, divide
-from gatework.export.staging import check_free, new_directory
+from gatework.export.staging import check_free, new_directory, new_files
 from gatework.export.tensorrt.compile import compile_tensorrt
 from gatework.export.tensorrt.preflight import Preflight, preflight
 from gatework.export.tensorrt.scales import load_scales
@@ -90,12 +92,21 @@ def finish_engine(
     *,
     target: str | None = None,
     precision: str | None = None,
+    shared: References | None = None,
 ) -> None:
     """Add the tokenizer's files and the manifest to the files `names` of a folder.
 
     inputs: see `build_inputs`. tools: versions. facts: see `weight_facts`. target, precision: where they are not the options'.
+    shared: what the graph reads from the checkpoint's files, which lie in the folder as well.
     """
     names = names + _copy_tokenizer(checkpoint.path, directory)
+    heads: dict[str, int] = {}
+    if shared is not None:
+        heads = {
+            f"{engine_format.CHECKPOINT}/{path.name}": min(start, engine_format.MAX_HEAD)
+            for path, start in shared.starts.items()
+        }
+        facts |= {"shared": {"how": shared.how, "bytes": shared.nbytes, "written": shared.written}}
     manifest = {
         "format_version": engine_format.FORMAT_VERSION,
         "gatework_version": version("gatework"),
@@ -108,7 +119,7 @@ def finish_engine(
         "checkpoint": _checkpoint_facts(checkpoint),
         "inputs": inputs,
         **facts,
-        "files": engine_format.file_table(directory, names),
+        "files": engine_format.file_table(directory, [*names, *heads], heads),
     }
     (directory / engine_format.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
@@ -161,21 +172,29 @@ def _write_lowered(
 
 def export_onnx(
     source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
     *,
     dtype: Dtype = "float32",
     max_seq: int | None = None,
     all_logits: bool = False,
     golden: Path | None = None,
+    link: bool = False,
     force: bool = False,
     progress: bool = False,
+    report: Callable[[References], None] | None = None,
 ) -> Path:
-    """Write the canonical, portable ONNX model (model.onnx and safetensors beside it) into the folder `out`.
+    """Write the canonical, portable ONNX model, and return its folder.
 
     It runs on any ONNX runtime of opset 24: gatework::MoE carries its definition in standard operators. With its manifest the
     folder is an engine as well, for the target "onnx", which ONNX Runtime runs with none of this package's kernels.
 
-    golden: a new folder for inputs and the reference's outputs; see `gatework.export.golden`.
+    Args:
+        out: the folder to make. None: model.onnx goes into the checkpoint's own folder, without manifest, and reads the
+            weights from the files there.
+        golden: a new folder for inputs and the reference's outputs; see `gatework.export.golden`.
+        link: let `out` share the checkpoint's files instead of writing the weights again; copies, where the disk cannot.
+            What is read from them is not checked to be finite, and the manifest has digests of their headers alone.
+        report: receives what is read from the checkpoint's files, if `link` or no `out`.
     """
     if dtype not in _PRECISIONS:
         raise GateworkError("unknown dtype", got=dtype, expected=" or ".join(_PRECISIONS))
@@ -184,19 +203,56 @@ def export_onnx(
     checkpoint = Checkpoint.open(source)
     options = BuildOptions(target="cpu", precision="fp32", max_seq=max_seq).fitted_to(checkpoint.config)
     assert options.max_seq is not None
+    if out is None:
+        plain_files(checkpoint.path, checkpoint.source.files)
     inputs, tools = build_inputs(checkpoint.path, options), tool_versions(options, experts=False)
-    with new_directory(Path(out), force) as directory:
+    place = (
+        new_files(checkpoint.path, engine_format.IN_PLACE, force) if out is None else new_directory(Path(out), force)
+    )
+    with place as directory:
         model = trace(checkpoint.config, options.max_seq, dtype=dtype, all_logits=all_logits)
         add_function_body(model)
-        names, facts = (
-            write_model(model, checkpoint, directory, progress=progress),
-            weight_facts(model, checkpoint.config),
-        )
-        precision = _PRECISIONS[dtype]
-        finish_engine(directory, names, checkpoint, options, inputs, tools, facts, target="onnx", precision=precision)
+        facts = weight_facts(model, checkpoint.config)
+        shared = _refer(model, checkpoint, None if out is None else directory) if link or out is None else None
+        if out is None:
+            write_model(model, checkpoint, directory, files=engine_format.IN_PLACE[:2], progress=progress)
+        else:
+            names = write_model(model, checkpoint, directory, progress=progress)
+            precision = _PRECISIONS[dtype]
+            finish_engine(
+                directory,
+                names,
+                checkpoint,
+                options,
+                inputs,
+                tools,
+                facts,
+                target="onnx",
+                precision=precision,
+                shared=shared,
+            )
+        if shared is not None and report is not None:
+            report(shared)
         if golden is not None:
             write_golden(checkpoint, golden, options.max_seq, all_logits=all_logits)
-    return Path(out)
+    return checkpoint.path if out is None else Path(out)
+
+
+def _refer(model: ir.Model, checkpoint: Checkpoint, directory: Path | None) -> References:
+    """Let the model read the checkpoint's files: in their own folder, or shared with `directory`."""
+    if directory is None:
+        return refer(model, checkpoint, "in place", lambda path: path.relative_to(checkpoint.path).as_posix())
+    files = {path: f"{engine_format.CHECKPOINT}/{path.name}" for path in checkpoint.source.files}
+    (directory / engine_format.CHECKPOINT).mkdir()
+    try:
+        how = share({path: directory / name for path, name in files.items()})
+    except OSError as error:
+        (directory / engine_format.CHECKPOINT).rmdir()
+        return References(f"copied, since the files cannot be shared: {error.strerror}")
+    shared = refer(model, checkpoint, how, files.__getitem__)
+    for path in files.keys() - shared.starts.keys():
+        (directory / files[path]).unlink()
+    return shared
 
 
 def _copy_tokenizer(source: Path, directory: Path) -> list[str]:

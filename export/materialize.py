@@ -24,11 +24,18 @@ _INLINE_BYTES = 1024  # smaller constants stay in the graph file
 _PART_BYTES = 16 << 20  # of a dense weight, encoded at once
 
 
-def write_model(model: ir.Model, checkpoint: Checkpoint, directory: Path, *, progress: bool = False) -> list[str]:
+def write_model(
+    model: ir.Model,
+    checkpoint: Checkpoint,
+    directory: Path,
+    *,
+    files: tuple[str, str] = (DENSE, EXPERTS),
+    progress: bool = False,
+) -> list[str]:
     """Write the graph and its tensors into `directory`; returns the file names.
 
-    Memory stays bounded by a few parts of a weight. Expert weights go to experts.safetensors, page-aligned for memory
-    mapping; everything else to weights.safetensors.
+    Memory stays bounded by a few parts of a weight. Expert weights go to the second of `files`, page-aligned for memory
+    mapping; everything else to the first. Tensors that lie in files already stay there.
     """
     packs = list(dict.fromkeys(pack_of(value) for value in model.graph.initializers.values() if is_weight(value)))
     experts = [pack for pack in packs if len(checkpoint.weights[pack.sources[0]].shape) == 3]
@@ -36,11 +43,14 @@ def write_model(model: ir.Model, checkpoint: Checkpoint, directory: Path, *, pro
     tables = [
         value
         for value in model.graph.initializers.values()
-        if value.const_value is not None and value.const_value.nbytes > _INLINE_BYTES
+        if value.const_value is not None
+        and not isinstance(value.const_value, ir.ExternalTensor)
+        and value.const_value.nbytes > _INLINE_BYTES
     ]
     names = [GRAPH]
+    first, second = files
     with _bar(packs, checkpoint, progress) as bar:
-        for name, group, constants, align in ((DENSE, dense, tables, 64), (EXPERTS, experts, [], EXPERT_ALIGN)):
+        for name, group, constants, align in ((first, dense, tables, 64), (second, experts, [], EXPERT_ALIGN)):
             if group or constants:
                 places = _write_file(checkpoint, directory / name, group, constants, align, bar)
                 _point_to(model.graph, directory / name, places)

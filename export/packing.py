@@ -71,6 +71,11 @@ def set_pack(values: Iterable[ir.Value], pack: Pack) -> None:
         value.meta[_KEY] = pack
 
 
+def clear_pack(value: ir.Value) -> None:
+    """The initializer's data is elsewhere: nothing is to be written for it."""
+    del value.meta[_KEY]
+
+
 def retype(value: ir.Value, spec: TensorSpec) -> None:
     """Give a data-free initializer the dtype and shape of `spec`."""
     value.type, value.shape = ir.TensorType(_DTYPES[spec.dtype]), ir.Shape(spec.shape)

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -54,6 +54,33 @@ def new_directory(out: Path, force: bool) -> Iterator[Path]:
     finally:
         if lock is not None:
             os.close(lock)
+
+
+@contextmanager
+def new_files(folder: Path, names: Iterable[str], force: bool) -> Iterator[Path]:
+    """A temporary folder whose files, of these names, move into `folder` when the block ends well; the last one goes last.
+
+    force: replace files of these names that stand there.
+    """
+    names = list(names)
+    taken = [name for name in names if os.path.lexists(folder / name)]
+    if taken and not force:
+        raise GateworkError(
+            f"{folder / taken[0]} exists", fix="pass --force to replace it, or name a folder with --out"
+        )
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=".onnx.", suffix=_PARTIAL, dir=folder))
+    except OSError as error:
+        fix = "name a folder with --out"
+        raise GateworkError(f"cannot write to {folder}", got=error.strerror, fix=fix) from None
+    try:
+        yield staging
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+            if (staging / name).exists():
+                (staging / name).rename(folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def check_free(out: Path, force: bool) -> None:

@@ -14,6 +14,10 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 FALLBACK = "fallback.onnx"  # of a CPU engine: the graph for machines without the CPU kernels' library
 KERNELS = "kernels"  # a folder in an engine: compiled GPU kernels
+CHECKPOINT = "checkpoint"  # a folder in a portable model: files that it shares with the checkpoint it was made from
+# Of a portable model inside the checkpoint's own folder: names that no reader of a checkpoint looks for, the graph last.
+IN_PLACE = ("model.onnx.weights", "model.onnx.experts", "model.onnx")
+MAX_HEAD = 8 << 20  # bytes of a shared file, those before its weights, that are hashed at most
 
 STAGES = "stages"  # field of a staged engine's manifest: layers [first, end) and weight_bytes of each stage
 
@@ -43,7 +47,7 @@ MANIFEST_FIELDS: dict[str, type | tuple[type, ...]] = {
     "checkpoint": dict,  # fingerprint, num_parameters, num_active_parameters
     "weight_bytes": dict,  # total, per_token: bytes of packed weights; those that one decoded token reads
     "tensors": dict,  # name -> dtype, shape, file of every packed weight
-    "files": dict,  # name, kernels/name or stage0/name ... -> size, sha256
+    "files": dict,  # name, kernels/name, checkpoint/name or stage0/name ... -> size, sha256; head, if not of the whole file
 }
 
 
@@ -73,17 +77,24 @@ def stage_input(layer: int) -> str:
     return f"layers.{layer - 1}.output"
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+def sha256(path: Path, head: int | None = None) -> str:
+    """Hex digest of a file's content, or of its first `head` bytes."""
     with path.open("rb") as file:
+        if head is not None:
+            return hashlib.sha256(file.read(head)).hexdigest()
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_table(directory: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Size and digest of each file, in the form of the manifest's `files`."""
+def file_table(directory: Path, names: list[str], heads: Mapping[str, int] | None = None) -> dict[str, dict[str, Any]]:
+    """Size and digest of each file, in the form of the manifest's `files`.
+
+    heads: files of which only so many bytes are hashed.
+    """
+    heads = heads or {}
     with ThreadPoolExecutor(max_workers=usable_cpus()) as pool:
-        digests = pool.map(lambda name: sha256(directory / name), names)
+        digests = pool.map(lambda name: sha256(directory / name, heads.get(name)), names)
     return {
         name: {"size": (directory / name).stat().st_size, "sha256": digest}
+        | ({"head": heads[name]} if name in heads else {})
         for name, digest in zip(names, digests, strict=True)
     }

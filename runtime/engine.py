@@ -14,7 +14,7 @@ from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import VERSION as PLUGIN_VERSION
 
 Check = Literal["auto", "full", "sizes"]
-_PLACE = re.compile(rf"(({engine_format.KERNELS}|stage[0-9]+)/)?[^/]+")  # of a file
+_PLACE = re.compile(rf"(({engine_format.KERNELS}|{engine_format.CHECKPOINT}|stage[0-9]+)/)?[^/]+")  # of a file
 _MAX_MANIFEST = 8 << 20  # bytes
 _AUTO_LIMIT = 4 << 30  # bytes hashed at load by default; hashing more would take longer than loading
 
@@ -104,8 +104,10 @@ class Engine:
             self._check_hashes(weights)
 
     def _check_hashes(self, names: list[str]) -> None:
-        for name, facts in engine_format.file_table(self.path, names).items():
-            if facts["sha256"] != self.manifest["files"][name]["sha256"]:
+        files = self.manifest["files"]
+        heads = {name: files[name]["head"] for name in names if "head" in files[name]}
+        for name, facts in engine_format.file_table(self.path, names, heads).items():
+            if facts["sha256"] != files[name]["sha256"]:
                 raise _damaged(self.path / name, "its content was altered")
 
 
@@ -156,7 +158,8 @@ def _check_sizes(path: Path, files: dict[str, Any]) -> None:
         file = path / name
         if not _PLACE.fullmatch(name) or Path(name).name != name.rpartition("/")[2]:
             raise _damaged(manifest, f"it names {name!r}, which is not a plain file name")
-        if not isinstance(facts, dict) or set(facts) != {"size", "sha256"}:
+        known = isinstance(facts, dict) and set(facts) - {"head"} == {"size", "sha256"}
+        if not known or not (type(head := facts.get("head", 0)) is int and 0 <= head <= engine_format.MAX_HEAD):
             raise _damaged(manifest, f"it does not tell the size and SHA-256 of {name}")
         if not file.is_file():
             raise _damaged(file, "it is missing")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from tests.golden.grok1 import weights as grok1
 
+BLOCK = 4096  # bytes
 D, I, V, E, KV, LAYERS, SHARDS = 6144, 32768, 131072, 8, 1024, 64, 8
 # Kind of file -> shape of the array or of its codes, blocks that share a scale, and bytes of the released file, as a public
 # survey lists them. A NumPy of version 2 writes "numpy._core" instead of "numpy.core" into each, a byte more.
@@ -28,12 +30,12 @@ _LAYER = ["gate, up", "down", "gate, up", "key, value", "output", "query", "key,
 FILES = ["embeddings", "norm", *_LAYER * LAYERS]
 
 
-def write_sparse_ckpt(folder: Path) -> dict[str, Path]:
-    """Write the folder's 770 files, those of one kind links to one file; returns one of each kind."""
+def write_sparse_ckpt(folder: Path, *, linked: bool = True) -> dict[str, Path]:
+    """Write the folder's 770 files; returns one of each kind. linked: those of one kind are links to one file."""
     written: dict[str, Path] = {}
     for i, kind in enumerate(FILES):
         path = folder / f"tensor{i:05d}_000"
-        if kind in written:
+        if kind in written and linked:
             os.link(written[kind], path)
         else:
             write_sparse(path, *KINDS[kind][:2])
@@ -49,19 +51,29 @@ def write_sparse(path: Path, shape: tuple[int, ...], groups: int) -> None:
     content = np.zeros(small if large else shape, dtype)
     tensor: grok1.Tensor = content
     if groups:
-        scales = np.ones((*shape[:-2], groups, shape[-1]), ml_dtypes.bfloat16)
+        scales = np.zeros((*shape[:-2], groups, shape[-1]), ml_dtypes.bfloat16)
         tensor = grok1.QuantizedWeight8bit(content, scales)
     pickled = grok1.dumps(tensor)
-    if not large:
-        path.write_bytes(pickled)
-        return
-    mark, nbytes = b"B" + struct.pack("<I", content.nbytes), int(np.prod(shape)) * content.itemsize
-    start = pickled.index(mark) + len(mark)
-    head = pickled[: start - len(mark)].replace(axes(small), axes(shape)) + b"B" + struct.pack("<I", nbytes)
     with path.open("wb") as file:
-        file.write(head)
-        file.seek(nbytes, 1)
-        file.write(pickled[start + content.nbytes :])
+        if large:
+            mark, nbytes = b"B" + struct.pack("<I", content.nbytes), int(np.prod(shape)) * content.itemsize
+            start = pickled.index(mark) + len(mark)
+            file.write(
+                pickled[: start - len(mark)].replace(axes(small), axes(shape)) + b"B" + struct.pack("<I", nbytes)
+            )
+            file.seek(nbytes, 1)
+            pickled = pickled[start + content.nbytes :]
+        write_with_holes(file, pickled)
+
+
+def write_with_holes(file: BinaryIO, content: bytes) -> None:
+    """Write at the file's position, and leave out what is zero."""
+    for start in range(0, len(content), BLOCK):
+        block = content[start : start + BLOCK]
+        if any(block) or start + BLOCK >= len(content):
+            file.write(block)
+        else:
+            file.seek(len(block), 1)
 
 
 def axes(shape: tuple[int, ...] | list[int]) -> bytes:

@@ -15,8 +15,11 @@ import onnx
 import pytest
 
 from gatework import LLM, SamplingParams
+from gatework.export.checkpoint import Checkpoint
+from gatework.export.sharing import CLONES, LINKS
 from gatework.runtime.cli import main
 from gatework.runtime.commands import bench as bench_command
+from gatework.runtime.formatting import size
 from tests.checkpoints import make_checkpoint
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-mixtral"
@@ -157,6 +160,18 @@ def test_export(tmp_path: Path, run: Run) -> None:
     assert shapes["past.0.k"][2] == 32
     (logits,) = [value for value in graph.output if value.name == "logits"]
     assert logits.type.tensor_type.shape.dim[1].dim_param  # not 1
+
+
+def test_export_without_copies(tmp_path: Path, run: Run) -> None:
+    checkpoint = make_checkpoint(tmp_path, "llama2", num_layers=1)
+    weights, linked = Checkpoint.open(checkpoint).nbytes, tmp_path / "linked"
+    found = run("export", checkpoint, "--link", "--out", linked, "--max-seq", 8).splitlines()
+    assert found[0].startswith(f"wrote {linked}: float32, ")
+    assert found[1:] in ([f"weights: {size(weights)} of the checkpoint's files, {how}"] for how in (CLONES, LINKS))
+    assert main(["export", str(checkpoint), "--link"]) == 2
+    found = run("export", checkpoint, "--max-seq", 8).splitlines()
+    assert found[0].startswith(f"wrote {checkpoint / 'model.onnx'}: float32, ")
+    assert found[1:] == [f"weights: {size(weights)} of the checkpoint's files, in place"]
 
 
 # ---- generate
