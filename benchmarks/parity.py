@@ -31,7 +31,7 @@ from tests.checkpoints import MODELS, make_checkpoint
 TINY = Path(__file__).parents[1] / "examples" / "tiny-mixtral"
 QWEN = TINY.parents[1] / "tests" / "golden" / "qwen"  # transformers has no such class to draw random ones from
 FOLDERS = {folder.name: folder for folder in (TINY, QWEN)}
-REFUSED = {("mpt", "cuda"), ("mpt-clip", "cuda"), ("qwen", "cuda")}
+REFUSED = {("mpt", "cuda"), ("mpt-clip", "cuda"), ("qwen", "cuda"), ("gpt-oss", "cuda")}
 PRECISIONS = {"cpu": ("fp32", "int8", "int4"), "onnx": ("fp32",), "cuda": ("fp32", "bf16", "fp16", "int8", "int4")}
 
 

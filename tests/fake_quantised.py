@@ -134,7 +134,9 @@ class FakeQuantised:
 
     def _round_experts(self) -> None:
         for name, weight in self.model.named_parameters():
-            if name.endswith(("gate_up_proj", "down_proj", "mlp.w1", "mlp.v1")):  # [E, out, in] or [E * out, in]
+            if self.model.config.model_type == "gpt_oss" and weight.dim() == 3:  # [E, in, out]
+                weight.copy_(self._rounded_expert(weight.mT).mT)
+            elif name.endswith(("gate_up_proj", "down_proj", "mlp.w1", "mlp.v1")):  # [E, out, in] or [E * out, in]
                 weight.copy_(self._rounded_expert(weight))
             elif name.endswith("mlp.w2"):  # [E * in, out]
                 by_expert = weight.unflatten(0, (self.model.config.ffn_config.moe_num_experts, -1)).mT

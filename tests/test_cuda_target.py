@@ -143,6 +143,14 @@ def test_alibi_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "engine").exists()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_sinks_are_refused(tmp_path: Path, precision: str) -> None:
+    path = make_checkpoint(tmp_path, "gpt-oss")
+    with pytest.raises(GateworkError, match=r"sinks have not been tried on this target; fix: use --target cpu"):
+        build_engine(path, tmp_path / "engine", target="cuda", precision=precision, max_seq=32)
+    assert not (tmp_path / "engine").exists()
+
+
 def nodes_of(path: Path, tmp_path: Path, precision: str) -> list[onnx.NodeProto]:
     engine = build_engine(path, tmp_path / precision, target="cuda", precision=precision, max_seq=32)
     return list(onnx.load(engine / "model.onnx", load_external_data=False).graph.node)

@@ -41,6 +41,7 @@ CASES = [
         ("qwen2_moe", {}),
         ("qwen2", {}),
         ("mpt-clip", {"tie_embeddings": False}),
+        ("gpt-oss", {"intermediate_size": 50}),
     ]
 ]
 
@@ -56,7 +57,7 @@ def round_weights(decoder: Decoder, bits: int, group: int, scales: torch.dtype =
     """Round all matrices but the routers; experts' second matrix in groups that fit the hidden size, padded."""
     hidden_group = fit_group(decoder.config.hidden_size, group)
     for name, weight in decoder.named_parameters():
-        if weight.dim() == 1 or ".router." in name:
+        if weight.dim() == 1 or ".router." in name or ".moe.b_" in name:
             continue
         if name.endswith("moe.w_out"):
             rows = weight.reshape(-1, weight.shape[-1])
@@ -81,7 +82,8 @@ def keep_float_activations(engine: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "precision", "sizes", "native"),
-    [(*case, True) for case in CASES] + [(*case, False) for case in CASES if case[0] in ("llama1", "mixtral")],
+    [(*case, True) for case in CASES]
+    + [(*case, False) for case in CASES if case[0] in ("llama1", "mixtral", "gpt-oss")],
 )
 def test_engine_equals_rounded_reference(
     tmp_path: Path, model: str, precision: str, sizes: dict[str, int], native: bool, monkeypatch: pytest.MonkeyPatch

@@ -47,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("phi", {}),
     "qwen2_moe": ("qwen2_moe", {}),
     "mpt": ("mpt-clip", {}),
+    "gpt-oss": ("gpt-oss", {}),
 }
 PRECISIONS = ("bf16", "fp8", "int8", "int8 smoothed", "int4")
 

@@ -38,7 +38,7 @@ def engine_kernels(config: ModelConfig, options: BuildOptions) -> tuple[Variant,
     """The kernels that an engine holds; none without experts, or without their weights."""
     if config.moe is None or options.plan_only:
         return ()
-    return variants(_sm(options), *largest_call(config, options))
+    return variants(_sm(options), *largest_call(config, options), has_bias=config.moe.bias)
 
 
 def write_kernels(config: ModelConfig, options: BuildOptions, directory: Path) -> list[str]:

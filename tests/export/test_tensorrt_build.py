@@ -104,6 +104,20 @@ def test_biases_alibi_shared_experts_and_parallel_layers(tmp_path: Path, model: 
     assert sum(gpu_weight_bytes(config, precision, group)) == manifest_of(engine)["weight_bytes"]["total"]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int4"])
+def test_sinks_windows_by_layer_and_biased_experts(tmp_path: Path, precision: str) -> None:
+    path = make_checkpoint(tmp_path, "gpt-oss")
+    engine = build_engine(path, tmp_path / "engine", target="a100", precision=precision, max_seq=32)
+    counts = json.loads((engine / "layers.json").read_text())["counts"]
+    assert (counts["PLUGIN_V3"], counts["KV_CACHE_UPDATE"]) == (2, 4)
+    assert counts.get("ATTENTION_INPUT", 0) == 0  # sinks are put between plain operators
+    with safe_open(engine / "experts.safetensors", "pt") as file:
+        assert {"layers.1.moe.b_in", "layers.1.moe.b_out"} <= set(file.keys())
+    config = Checkpoint.open(path).config
+    foretold = gpu_weight_bytes(config, precision, BuildOptions(target="a100", precision=precision).group)
+    assert sum(foretold) == manifest_of(engine)["weight_bytes"]["total"]
+
+
 def test_the_sizes_foretold_are_those_written(engine: Path) -> None:
     manifest = manifest_of(engine)
     config = ModelConfig.from_dict(manifest["model"])

@@ -11,7 +11,7 @@ import numpy as np
 
 from gatework.plugins.moe import reference
 from gatework.plugins.moe.spec import CHOICES, MoEAttributes
-from tests.plugins.moe_cases import Array, assert_close, label, random_inputs
+from tests.plugins.moe_cases import OWN_GATES, Array, assert_close, label, random_inputs
 
 Dtype = Literal["float16", "bfloat16"]
 # sm, attributes, inputs, dtype -> y and the buffers of the workspace
@@ -140,6 +140,7 @@ ARITHMETIC = [
         product(CHOICES["glu"], CHOICES["activation"]), cycle(ROUTINGS), strict=False
     )
 ]
+ARITHMETIC += [MoEAttributes(top_k=3, **gate) for gate in OWN_GATES]
 FORMATS = [
     ("dense", 0),
     ("int8", 0),

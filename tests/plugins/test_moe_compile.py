@@ -84,10 +84,14 @@ def test_instructions(sm: int, weight_format: Any, group_size: int) -> None:
             assert kernel.spills == 0, (T, variant.kernel, kernel.registers, kernel.spills)
 
 
-@pytest.mark.parametrize("glu", ["none", "three_way"])
+OTHER_GATES: list[dict[str, Any]] = [{"glu": glu, "activation": "gelu_tanh"} for glu in ("none", "three_way")]
+OTHER_GATES += [{"alpha": 1.702, "beta": 1.0, "limit": 7.0}]
+
+
+@pytest.mark.parametrize("gate", OTHER_GATES)
 @pytest.mark.parametrize(("sm", "weight_format"), [(80, "dense"), (90, "dense"), (90, "int8")])
-def test_other_gates_do_not_spill(sm: int, weight_format: Any, glu: Any) -> None:
-    attributes = MoEAttributes(top_k=2, glu=glu, activation="gelu_tanh", weight_format=weight_format)
+def test_other_gates_do_not_spill(sm: int, weight_format: Any, gate: dict[str, Any]) -> None:
+    attributes = MoEAttributes(top_k=2, weight_format=weight_format, **gate)
     for T in (FEW, SOME, MANY):
         variant = products(sm, attributes, T, "float16")[0]
         kernel, *_ = compiled(variant, sm)

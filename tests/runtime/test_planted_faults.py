@@ -95,6 +95,11 @@ def interleaved(rows: Tensor) -> Tensor:
     return rows.unflatten(0, (-1, 2, 8)).transpose(1, 2).flatten(0, 2)
 
 
+def taken_as_halves(w: Tensor) -> Tensor:
+    """Of what alternates along the last axis, in an order that is read as if it were one half and then the other."""
+    return torch.stack(w.chunk(2, dim=-1), dim=-1).flatten(-2)
+
+
 def row_larger(rows: Tensor) -> Tensor:
     return torch.cat((rows[:1] * 1.01, rows[1:]))
 
@@ -248,6 +253,16 @@ FAULTS: dict[str, Fault] = {
     "halves of the experts' gates exchanged": Fault("openmoe", "checkpoint", on_tensors("wi_gate", other_half), 1, "experts"),
     "norm of the extra MLP left out": Fault("openmoe", "checkpoint", on_tensors("pre_extra_mlp", torch.ones_like), 1, "extra"),
     "extra MLP left out": Fault("openmoe", "checkpoint", on_tensors("extra_mlp.down", torch.zeros_like), 1, "extra"),
+    "sink left out": Fault("gpt-oss", "checkpoint", on_tensors("layers.1.self_attn.sinks", lambda s: s - 30), 1, "context", "all rows"),
+    "windows in the other layers": Fault("gpt-oss", "checkpoint", in_config(layer_types=["full_attention", "sliding_attention", "full_attention"]), 0, "context", "all from position 4 on"),
+    "gate and up in halves": Fault("gpt-oss", "checkpoint", on_tensors("layers.1.mlp.experts.gate_up_proj", taken_as_halves), 1, "experts"),
+    "bias of the router left out": Fault("gpt-oss", "checkpoint", on_tensors("layers.0.mlp.router.bias", torch.zeros_like), 0, "router"),
+    "gates not clamped": Fault("gpt-oss", "checkpoint", in_config(swiglu_limit=7.0), 0, "experts"),
+    "another slope of the gates": Fault("gpt-oss", "checkpoint", in_config(swiglu_alpha=1.0), 0, "experts"),
+    "bias after the experts left out": Fault("gpt-oss", "checkpoint", on_tensors("layers.2.mlp.experts.down_proj_bias", torch.zeros_like), 2, "experts", "", "int8"),
+    "bias after attention left out": Fault("gpt-oss", "checkpoint", on_tensors("layers.2.self_attn.o_proj.bias", torch.zeros_like), 2, "attention"),
+    "YaRN without its factor": Fault("gpt-oss", "checkpoint", lambda config, _: config["rope_parameters"].update(attention_factor=1.0), 0, "key", "scaled by"),
+    "YaRN from whole pairs": Fault("gpt-oss", "checkpoint", lambda config, _: config["rope_parameters"].update(truncate=True), 0, "key", "all from position 1 on"),
     # graph
     "MLP behind attention": Fault("phi", "graph", reads("layers.1.output", 0, "layers.1.attention"), 1, "output"),
     "attention scale": Fault("llama2", "graph", attribute("layers.1.context", scale=0.26), 1, "context"),
@@ -255,6 +270,8 @@ FAULTS: dict[str, Fault] = {
     "window missing in one layer": Fault("mistral", "graph", attribute("layers.2.context", local_window_size=-1), 2, "context", "all from position 4 on"),
     "residual is the branch": Fault("llama2", "graph", reads("layers.1.residual", 0, "layers.1.attention"), 1, "residual"),
     "another layer's routing": Fault("mixtral", "graph", reads("layers.1.experts", 1, "layers.0.router"), 1, "experts"),
+    "sinks of another layer": Fault("gpt-oss", "graph", reads("layers.1.context", 11, "layers.0.attn.sinks"), 1, "context"),
+    "another limit of the gates": Fault("gpt-oss", "graph", attribute("layers.2.experts", limit=0.4), 2, "experts", "", "int8"),
     "another layer's rotary position": Fault("llama2", "graph", attribute("layers.0.context", rotary_interleaved=1), 0, "key"),
     "another slope of SiLU": Fault("mixtral", "graph", attribute("layers.2.experts", activation_alpha=1.1), 2, "experts"),
     "router scaled by 1 %": Fault("mixtral", "graph", attribute("layers.1.router", alpha=1.01), 1, "router", "scaled by 1.01", "int8"),

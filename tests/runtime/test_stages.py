@@ -112,10 +112,18 @@ def test_stages_change_no_bit(build: Build, whole: Callable, precision: str, sta
 
 @pytest.mark.parametrize(
     ("model", "precision"),
-    [("mixtral", "int8"), ("qwen3", "int4"), ("phi", "int8"), ("mpt", "int8"), (None, "fp32"), ("grok1", "int8")],
+    [
+        ("mixtral", "int8"),
+        ("qwen3", "int4"),
+        ("phi", "int8"),
+        ("mpt", "int8"),
+        (None, "fp32"),
+        ("grok1", "int8"),
+        ("gpt-oss", "int4"),
+    ],
 )
 def test_every_kind_of_layer(tmp_path: Path, model: str | None, precision: str) -> None:
-    """RMS norms are fused over the cut, tied tables are in both ends, parallel layers, ALiBi, dynamic NTK, sandwich norms."""
+    """RMS norms fused over the cut, tied tables in both ends, parallel layers, ALiBi, dynamic NTK, sandwich norms, sinks."""
     source = QWEN if model is None else make_checkpoint(tmp_path, model)
     prompts = [[token % 96 for token in prompt] for prompt in PROMPTS]  # Qwen's has the smallest vocabulary
     engines = [build_engine(source, tmp_path / str(n), precision=precision, **limits(n)) for n in (1, 2)]

@@ -4,6 +4,7 @@
     GLU none:       hidden[r] = act(u)
         two_way:    hidden[r] = act(gate) * up,      gate | up = u
         three_way:  hidden[r] = a * act(b) * up,     a | b | up = u
+    LIMIT clamps gate from above and up on both sides, silu has a slope ALPHA, BETA is added to up: of two_way gates.
 
 A program computes BM rows by BN columns of hidden: G tiles of weights against one of x, float32 sums, one rounding.
 """
@@ -15,9 +16,9 @@ from gatework.plugins.moe.kernels.tile import finish, load_columns, multiply, no
 
 
 @triton.jit
-def activate(z, ACTIVATION: tl.constexpr):
+def activate(z, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
     if ACTIVATION == "silu":
-        return z * tl.sigmoid(z)
+        return z * tl.sigmoid(z if ALPHA == 1.0 else z * ALPHA)
     if ACTIVATION == "gelu":
         return z * (0.5 + 0.5 * tl.erf(z * 0.7071067811865476))
     if ACTIVATION == "gelu_tanh":  # (1 + tanh u) / 2 = sigmoid(2u)
@@ -42,6 +43,9 @@ def gemm_in(
     I: tl.constexpr,
     GLU: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    LIMIT: tl.constexpr,
     SCALING: tl.constexpr,
     GROUP: tl.constexpr,
     NIBBLES: tl.constexpr,
@@ -110,11 +114,17 @@ def gemm_in(
         a_scales = tl.load(x_scale + tokens, mask=rows_real, other=0.0)
     h = finish(total_0, a_scales, scale, bias, columns, columns_real, SCALING)
     if G == 1:
-        h = activate(h, ACTIVATION)
+        h = activate(h, ACTIVATION, ALPHA)
     if G == 2:
-        h = activate(h, ACTIVATION) * finish(total_1, a_scales, scale, bias, rows_1, columns_real, SCALING)
+        up = finish(total_1, a_scales, scale, bias, rows_1, columns_real, SCALING)
+        if LIMIT > 0.0:
+            h = tl.minimum(h, LIMIT)
+            up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        if BETA != 0.0:
+            up += BETA
+        h = activate(h, ACTIVATION, ALPHA) * up
     if G == 3:
-        h = h * activate(finish(total_1, a_scales, scale, bias, rows_1, columns_real, SCALING), ACTIVATION)
+        h = h * activate(finish(total_1, a_scales, scale, bias, rows_1, columns_real, SCALING), ACTIVATION, ALPHA)
         h = h * finish(total_2, a_scales, scale, bias, rows_2, columns_real, SCALING)
     cells = rows.to(tl.int64)[:, None] * I + columns[None, :]
     tl.store(hidden + cells, h.to(hidden.dtype.element_ty), mask=rows_real[:, None] & columns_real[None, :])

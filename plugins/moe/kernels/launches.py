@@ -239,6 +239,7 @@ def _gemm_in(setting: Setting) -> Launch:
     arguments = _gemm_arguments(setting, "x", "w_in", "b_in", "hidden", POINTERS[setting.dtype], tile)
     constants: dict[str, Constant] = {"E": sizes.E, "K": attributes.top_k, "D": sizes.D, "I": sizes.I}
     constants |= {"GLU": attributes.glu, "ACTIVATION": attributes.activation}
+    constants |= {"ALPHA": attributes.alpha, "BETA": attributes.beta, "LIMIT": attributes.limit}
     grid = (_row_tiles(setting, tile.BM) * _ceil(sizes.I, tile.BN),)
     constants |= _gemm_constants(setting, tile, sizes.D)
     return _launch("gemm_in", grid, arguments, constants, tile.num_warps, tile.num_stages)
