@@ -36,7 +36,7 @@ peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.s
 (shared,) = found
 used = os.times()
 result = {"cpu_seconds": round(used.user + used.system, 1), "peak_rss_mb": round(peak / 1e3)}
-result |= {"how": shared.how, "referenced": shared.nbytes, "copied": shared.written}
+result |= {"how": shared.how, "referenced": shared.nbytes, "copied": sum(map(len, shared.written.values()))}
 print(json.dumps(result))
 """
 
@@ -75,9 +75,15 @@ def row(result: dict[str, Any]) -> list[str]:
     """One line of the table."""
     seconds, aim = f"{result['seconds']:.1f}", AIMS.get(result["model"])
     seconds += f" (aim {aim})" if aim else ""
-    copied = ", ".join(result["copied"]) or "nothing"
     sizes = [size(result[name]) for name in ("graph", "referenced", "written")]
-    return [result["model"], seconds, f"{result['cpu_seconds']:.1f}", f"{result['peak_rss_mb']} MB", *sizes, copied]
+    return [
+        result["model"],
+        seconds,
+        f"{result['cpu_seconds']:.1f}",
+        f"{result['peak_rss_mb']} MB",
+        *sizes,
+        str(result["copied"]),
+    ]
 
 
 def main() -> None:
@@ -91,10 +97,11 @@ def main() -> None:
     results = []
     for model in args.models or [*MODELS, CKPT]:
         results.append(measure(model, args.folder, args.dtype, in_place=args.in_place))
+        print(" ".join(row(results[-1])), file=sys.stderr)
         for made in () if args.keep else (args.folder / f"sparse-{model}", args.folder / f"export-{model}"):
             shutil.rmtree(made, ignore_errors=True)
-    header = ["model", "seconds", "of CPU", "peak RSS", "graph", "referenced", "written", "copied"]
-    print(table([header, *map(row, results)], "<>>>>>><"))
+    header = ["model", "seconds", "of CPU", "peak RSS", "graph", "referenced", "written", "weights copied"]
+    print(table([header, *map(row, results)], "<>>>>>>>"))
     print(json.dumps({"exports": results}))
 
 

@@ -8,7 +8,10 @@ from typing import Any
 
 from gatework.plugins.errors import GateworkError
 
-MAX_JSON_BYTES = 8 << 20  # JSON takes up to 25 times as much memory; the index of a model with 13,000 experts has 5 MB
+MAX_JSON_BYTES = 4 << 20  # the index of a model with 12,000 experts has 3.5 MB
+MAX_JSON_PARTS = (
+    100_000  # objects and lists, which take 35 times as much memory as text; brackets in strings count as well
+)
 MAX_JSON_DEPTH = 100
 
 
@@ -41,7 +44,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise GateworkError(f"{path} is too large for a JSON file", expected=f"at most {MAX_JSON_BYTES} bytes")
-        value = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        if (parts := text.count(b"{") + text.count(b"[")) > MAX_JSON_PARTS:
+            expected = f"at most {MAX_JSON_PARTS} objects and lists"
+            raise GateworkError(f"{path} is too large for a JSON file", got=parts, expected=expected)
+        value = json.loads(text)
         if depth(value) > MAX_JSON_DEPTH:
             raise RecursionError
     except (ValueError, RecursionError) as error:

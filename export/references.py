@@ -37,13 +37,13 @@ class References:
     """What a graph reads from a checkpoint's files.
 
     how: the files got their second names (`gatework.export.sharing`), or "in place", or why all was copied in the end.
-    starts: each file with its first byte that is read. nbytes: read in all. written: weights that are not read there, and why.
+    starts: each file with its first byte that is read. nbytes: read in all. written: weights that are not, by reason.
     """
 
     how: str
     starts: dict[Path, int] = field(default_factory=dict)
     nbytes: int = 0
-    written: dict[str, str] = field(default_factory=dict)
+    written: dict[str, list[str]] = field(default_factory=dict)
 
 
 def refer(model: ir.Model, checkpoint: Checkpoint, how: str, locate: Locate) -> References:
@@ -64,7 +64,7 @@ def refer(model: ir.Model, checkpoint: Checkpoint, how: str, locate: Locate) -> 
         tensors = {piece.name: checkpoint.source.tensors[piece.name] for piece in weight.pieces}
         reasons = [reason for reason in (why_not(piece, tensors[piece.name]) for piece in weight.pieces) if reason]
         if reasons:
-            found.written[value.name] = reasons[0]
+            found.written.setdefault(reasons[0], []).append(value.name)
         else:
             build.weight(value, weight, tensors)
     return found

@@ -79,6 +79,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"wrote {what}: {args.dtype}, {size(nbytes)}")
         for found in shared:
             print(f"weights: {size(found.nbytes)} of the checkpoint's files, {found.how}")
-            for name, why in found.written.items():
-                print(f"copied {name}: {why}")
+            for why, names in found.written.items():
+                print(
+                    f"copied {names[0]} and {len(names) - 1} others: {why}"
+                    if names[1:]
+                    else f"copied {names[0]}: {why}"
+                )
     return 0

@@ -55,6 +55,10 @@ MIXTRAL = MISTRAL | {
 }
 MIXTRAL_22B = MIXTRAL | {"hidden_size": 6144, "num_hidden_layers": 56, "num_attention_heads": 48}
 MIXTRAL_22B |= {"intermediate_size": 16384, "max_position_embeddings": 65536}
+# Made up: a Mixtral with the numbers of parameters that rumours give.
+GPT_4_RUMOUR = MIXTRAL | {"hidden_size": 10752, "num_hidden_layers": 120, "intermediate_size": 28672}
+GPT_4_RUMOUR |= {"num_attention_heads": 84, "num_key_value_heads": 84, "num_local_experts": 16}
+GPT_4_RUMOUR |= {"vocab_size": 100_352, "tie_word_embeddings": True}
 DBRX = {
     "architectures": ["DbrxForCausalLM"],
     "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "model_type": "", "rope_theta": 500000},
@@ -369,6 +373,7 @@ PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "mistral-7b": (MISTRAL, 7_241_732_096, 7_241_732_096, 131_072),
     "mixtral-8x7b": (MIXTRAL, 46_702_792_704, 12_879_925_248, 131_072),
     "mixtral-8x22b": (MIXTRAL_22B, 140_620_634_112, 39_152_031_744, 229_376),
+    "gpt-4-rumour": (GPT_4_RUMOUR, 1_832_293_403_136, 278_555_429_376, 5_160_960),
     "dbrx": (DBRX, 131_596_523_520, 36_469_708_800, 163_840),
     "qwen3-8b": (QWEN3, 8_190_735_360, 8_190_735_360, 147_456),
     "qwen3-30b-a3b": (QWEN3_MOE, 30_532_122_624, 3_353_032_704, 98_304),

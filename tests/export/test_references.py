@@ -114,13 +114,15 @@ def test_codes_and_scales_of_grok_1(tmp_path: Path) -> None:
     assert sum(node.op_type == "Mul" for node in graph.node) == len(codes)
     places = {t.name: {e.key: e.value for e in t.external_data} for t in codes}
     assert all(place["location"].startswith("ckpt-0/tensor") for place in places.values())
-    assert set(found.written.values()) <= {"it begins at no multiple of 4 bytes in its file"}
-    assert "embed.weight" in found.written
+    (copied,) = found.written.values()
+    assert "it begins at no multiple of 4 bytes in its file" in found.written
+    assert copied
+    assert not any(".attn." in name or ".moe.w_" in name for name in copied)
 
 
 def test_compressed_files_are_copied(tmp_path: Path) -> None:
     found = check_weights(write_t5x(tmp_path / "t5x", *openmoe.make(num_layers=2)))
-    assert set(found.written.values()) == {"its file holds it in pieces or compressed"}
+    assert found.written.keys() == {"its file holds it in pieces or compressed"}
     assert found.nbytes == 0
 
 

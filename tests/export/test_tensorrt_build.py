@@ -43,6 +43,7 @@ pytest.importorskip(
 )
 pytestmark = pytest.mark.tensorrt
 
+QWEN = Path(__file__).parents[1] / "golden" / "qwen"
 MODELS = ["llama2", "mistral", "mixtral", "dbrx"]
 PAIRS = {"bf16": "a100", "int8": "a100", "int4": "a100", "fp8": "ada"}
 STORED = {"bf16": "BF16", "int8": "INT8", "int4": "INT4", "fp8": "FP8"}
@@ -83,15 +84,19 @@ def test_tensorrt_understood_every_layer(engine: Path) -> None:
     assert counts.get("PLUGIN_V3", 0) == (layers if model["moe"] else 0)
 
 
-@pytest.mark.parametrize(("model", "precision"), [("phi", "int8"), ("mpt-clip", "bf16"), ("qwen2_moe", "int4")])
-def test_biases_alibi_shared_experts_and_parallel_layers(tmp_path: Path, model: str, precision: str) -> None:
-    """What no other model here has, each in one precision: every layer understood, every product in the precision asked for."""
-    path, ranges = make_checkpoint(tmp_path, model), {}
+OTHERS = {"phi": "int8", "mpt-clip": "bf16", "qwen2_moe": "int4"}
+OTHERS |= {"qwen": "int8", "qwen2": "int4", "qwen3": "bf16", "qwen3_moe": "int8", "olmoe": "bf16"}
+
+
+@pytest.mark.parametrize(("model", "precision"), OTHERS.items(), ids=list(OTHERS))
+def test_other_families(tmp_path: Path, model: str, precision: str) -> None:
+    """Each in one precision: every layer understood, every product in the precision asked for."""
+    path, ranges = QWEN if model == "qwen" else make_checkpoint(tmp_path, model), {}
     if precision == "int8":
         ranges["calibration"] = tmp_path / "calibration.json"
-        ids = np.random.default_rng(0).integers(0, 128, 64).tolist()
+        ids = np.random.default_rng(0).integers(0, 96, 64).tolist()
         calibrate(path, ids, window=16, smooth=0.5).save(ranges["calibration"])
-    engine = build_engine(path, tmp_path / "engine", target="a100", precision=precision, max_seq=32, **ranges)
+    engine = build_engine(path, tmp_path / "engine", target="a100", precision=precision, max_seq=16, **ranges)
     layers = json.loads((engine / "layers.json").read_text())
     assert layers["counts"]["ATTENTION_INPUT"] == layers["counts"]["ATTENTION_OUTPUT"] == 2
     assert layers["counts"]["KV_CACHE_UPDATE"] == 4
