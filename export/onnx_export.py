@@ -19,14 +19,14 @@ from gatework.export.decoder import Decoder, MoE, SharedExpert
 from gatework.export.lower.experts import attributes_of, moe_nodes
 from gatework.export.packing import identity_pack, set_pack
 from gatework.export.positions import rope_tables
-from gatework.export.repeat import repeat_last_layer
+from gatework.export.repeat import repeat_layers
 from gatework.export.taps import name_taps
 from gatework.plugins.moe import onnx_op, torch_op
 from gatework.plugins.moe.spec import INPUTS
 
 OPSET = 24
 _B_IN = INPUTS.index("b_in")
-_TRACED_LAYERS = 2  # the rest are copies of the second, where layers are alike
+_TRACED_LAYERS = 2  # at least; the rest are copies of those that are not the first
 STEP_INPUTS = ("input_ids", "position_ids", "write_indices")
 ROPE_TABLES = ("rope_cos", "rope_sin")
 
@@ -43,8 +43,8 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
     `dtype` and shape but holds no data; the rotary tables and scalar constants do hold data.
     """
     torch_dtype, config = getattr(torch, dtype), config.within(max_seq)
-    alike = config.moe_interval == 1 and not config.full_attention
-    traced = replace(config, num_layers=min(config.num_layers, _TRACED_LAYERS)) if alike else config
+    templates = _templates(config)
+    traced = _shortened(config, config.num_layers - len(templates))
     with torch.device("meta"):
         decoder = Decoder(traced, max_seq, all_logits=all_logits).to(torch_dtype).eval()
         for module in decoder.modules():
@@ -74,7 +74,7 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
         )
         assert program is not None
         model = _fold(program.model)
-    repeat_last_layer(model.graph, traced.num_layers, config.num_layers)
+    repeat_layers(model.graph, traced.num_layers, templates)
     _drop_notes(model)
     name_taps(model.graph, config)
     for name, table in zip(ROPE_TABLES, rope_tables(config, max_seq), strict=True):
@@ -84,6 +84,20 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
         value = model.graph.initializers[name]
         set_pack([value], identity_pack(value))
     return model
+
+
+def _templates(config: ModelConfig) -> list[int]:
+    """For each of the last layers, as many as can be, the number of an earlier one like it that is traced, not the first."""
+    kinds = [(config.window(i), config.has_experts(i)) for i in range(config.num_layers)]
+    traced = min(_TRACED_LAYERS, config.num_layers)
+    while not set(kinds[traced:]) <= set(kinds[1:traced]):
+        traced += 1
+    return [kinds.index(kind, 1) for kind in kinds[traced:]]
+
+
+def _shortened(config: ModelConfig, layers: int) -> ModelConfig:
+    """The first layers of a model."""
+    return replace(config, num_layers=layers, full_attention=tuple(i for i in config.full_attention if i < layers))
 
 
 def add_function_body(model: ir.Model) -> None:

@@ -1,48 +1,74 @@
-"""Repeating a traced layer: layers that differ in nothing but their weights are traced once and copied in the graph."""
+"""Repeating traced layers: layers that differ in nothing but their weights are traced once and copied in the graph."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 _SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's note of the modules that a node was traced in
 
 
-def repeat_last_layer(graph: ir.Graph, traced: int, total: int) -> None:
-    """Grow a graph of `traced` decoder layers, two at least, to `total` by copies of the last one.
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A traced layer: its nodes, and the residual stream [B, S, D] before and after it."""
 
-    Weights `layers.{i}.*` and cache tensors `past.{i}.*` and `present.{i}.*` are made for each copy; what does not depend on
-    the layer (mask, tables, shapes) is shared. The nodes must still carry the exporter's scopes.
+    body: list[ir.Node]
+    stream_in: ir.Value
+    stream_out: ir.Value
+
+
+def repeat_layers(graph: ir.Graph, traced: int, templates: Sequence[int]) -> None:
+    """Grow a graph of `traced` decoder layers by one for each of `templates`, numbers of layers that they are copies of.
+
+    None of them is the first layer. Weights `layers.{i}.*` and cache tensors `past.{i}.*` and `present.{i}.*` are made for
+    each copy; what does not depend on the layer (masks, tables, shapes) is shared. The nodes must still carry the exporter's
+    scopes.
     """
-    if traced == total:
+    if not templates:
         return
-    last = traced - 1
-    before, body = _layer(graph, last - 1), _layer(graph, last)
-    (stream_in,) = _crossing(before, body)  # the residual stream, [B, S, D]
-    inside = set(body)
-    (stream_out,) = _crossing(body, (node for node in graph if node not in inside))
-    readers = [(node, index) for node, index in stream_out.uses() if node not in inside]
-    own = re.compile(rf"(layers|past|present)\.{last}\.")
-    stream, at = stream_out, body[-1]
-    for i in range(traced, total):
-        copies = {stream_in: stream}
-        for node in body:
-            for value in node.inputs:
-                if value is not None and value.producer() is None and own.match(value.name or ""):
-                    copies.setdefault(value, _copy_source(graph, value, own.sub(rf"\1.{i}.", value.name or "")))
-            if not any(value in copies for value in node.inputs):
-                continue  # the same in every layer
-            copy = _copy_node(node, copies)
-            graph.insert_after(at, copy)
-            at = copy
-        for value in [value for value in graph.outputs if value in copies]:
-            copies[value].name = own.sub(rf"\1.{i}.", value.name or "")
-            graph.outputs.append(copies[value])
-        stream = copies[stream_out]
+    layers = {number: _traced(graph, number) for number in sorted({*templates, traced - 1})}
+    last = layers[traced - 1]
+    inside = set(last.body)
+    readers = [(node, index) for node, index in last.stream_out.uses() if node not in inside]
+    stream, at = last.stream_out, last.body[-1]
+    for i, number in enumerate(templates, traced):
+        copies = {layers[number].stream_in: stream}
+        at = _append(graph, at, layers[number].body, number, i, copies)
+        stream = copies[layers[number].stream_out]
     for node, index in readers:
         node.replace_input_with(index, stream)
+
+
+def _append(
+    graph: ir.Graph, at: ir.Node, body: list[ir.Node], number: int, i: int, copies: dict[ir.Value, ir.Value]
+) -> ir.Node:
+    """Copy the nodes of layer `number` as those of layer i behind a node, adding to `copies`; returns the last one."""
+    own = re.compile(rf"(layers|past|present)\.{number}\.")
+    for node in body:
+        for value in node.inputs:
+            if value is not None and value.producer() is None and own.match(value.name or ""):
+                copies.setdefault(value, _copy_source(graph, value, own.sub(rf"\1.{i}.", value.name or "")))
+        if not any(value in copies for value in node.inputs):
+            continue  # the same in every layer
+        copy = _copy_node(node, copies)
+        graph.insert_after(at, copy)
+        at = copy
+    for value in [value for value in graph.outputs if value in copies]:
+        copies[value].name = own.sub(rf"\1.{i}.", value.name or "")
+        graph.outputs.append(copies[value])
+    return at
+
+
+def _traced(graph: ir.Graph, number: int) -> _Layer:
+    """A layer that is not the first."""
+    body = _layer(graph, number)
+    inside = set(body)
+    (stream_in,) = _crossing(_layer(graph, number - 1), body)
+    (stream_out,) = _crossing(body, (node for node in graph if node not in inside))
+    return _Layer(body, stream_in, stream_out)
 
 
 def _layer(graph: ir.Graph, number: int) -> list[ir.Node]:
@@ -54,12 +80,12 @@ def _layer(graph: ir.Graph, number: int) -> list[ir.Node]:
 
 
 def _crossing(makers: Iterable[ir.Node], users: Iterable[ir.Node]) -> set[ir.Value]:
-    """Floating-point values that nodes of one group make and nodes of another read; shapes do not count."""
+    """Floating-point sums that nodes of one group make and nodes of another read; shapes and masks do not count."""
     made = {
         value
         for node in makers
         for value in node.outputs
-        if value.dtype is not None and value.dtype.is_floating_point()
+        if node.op_type == "Add" and value.dtype is not None and value.dtype.is_floating_point()
     }
     return {value for node in users for value in node.inputs if value is not None and value in made}
 

@@ -74,8 +74,8 @@ def _lower_to_ort(model: ir.Model, config: ModelConfig, bits: int | None, group:
         raise GateworkError("attention sinks have not been tried on this target", fix="use --target cpu")
     model, _ = hoist_last_position(model)
     if kernels.fused_attention:
-        model, _ = to_group_query_attention(model, config, query_lengths=kernels.query_lengths)
-    else:
+        model, fused = to_group_query_attention(model, config, query_lengths=kernels.query_lengths)
+    if not kernels.fused_attention or (config.attn_sinks and not fused):
         model, _ = to_plain_softcap(model)
     if bits is not None and kernels.packed:
         model, _ = to_packed_moe(model, bits=bits, group=group)

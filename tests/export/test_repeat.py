@@ -14,12 +14,13 @@ from gatework.export.config import ModelConfig
 from gatework.export.onnx_export import trace
 from tests.checkpoints import hf_config
 
-MODELS = ["llama2", "dbrx", "qwen3_moe", "olmoe", "phi", "mpt", "qwen2_moe"]  # one of each shape of graph
+MODELS = ["llama2", "dbrx", "qwen3_moe", "olmoe", "phi", "mpt", "qwen2_moe", "gpt-oss"]  # one of each shape of graph
 
 
 def config_of(model: str, layers: int, tmp_path: Path) -> ModelConfig:
     hf_config(model).save_pretrained(tmp_path)
-    return replace(read_config(tmp_path), num_layers=layers)
+    config = read_config(tmp_path)
+    return replace(config, num_layers=layers, full_attention=(1, 2) if config.full_attention else ())
 
 
 def describe(model: ir.Model) -> tuple[list, set]:

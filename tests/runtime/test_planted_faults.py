@@ -253,7 +253,7 @@ FAULTS: dict[str, Fault] = {
     "halves of the experts' gates exchanged": Fault("openmoe", "checkpoint", on_tensors("wi_gate", other_half), 1, "experts"),
     "norm of the extra MLP left out": Fault("openmoe", "checkpoint", on_tensors("pre_extra_mlp", torch.ones_like), 1, "extra"),
     "extra MLP left out": Fault("openmoe", "checkpoint", on_tensors("extra_mlp.down", torch.zeros_like), 1, "extra"),
-    "sink left out": Fault("gpt-oss", "checkpoint", on_tensors("layers.1.self_attn.sinks", lambda s: s - 30), 1, "context", "all rows"),
+    "sink left out": Fault("gpt-oss", "checkpoint", on_tensors("layers.1.self_attn.sinks", lambda s: s - 30), 1, "context"),
     "windows in the other layers": Fault("gpt-oss", "checkpoint", in_config(layer_types=["full_attention", "sliding_attention", "full_attention"]), 0, "context", "all from position 4 on"),
     "gate and up in halves": Fault("gpt-oss", "checkpoint", on_tensors("layers.1.mlp.experts.gate_up_proj", taken_as_halves), 1, "experts"),
     "bias of the router left out": Fault("gpt-oss", "checkpoint", on_tensors("layers.0.mlp.router.bias", torch.zeros_like), 0, "router"),
