@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from gatework.export.groups import HEAD_BITS, HEAD_GROUP, PADDED_GROUP, fit_group
+from gatework.export.groups import FINE_BITS, FINE_GROUP, PADDED_GROUP, fit_group
 from gatework.plugins.moe.cpu_ops import WIDE_BITS
 
 # Half the distance of neighbouring floats around 1. The reference rounds to float32 as well: two equal errors, so sqrt(2).
@@ -31,6 +31,7 @@ class Format:
 
     unit: roundoff of activations, 0.5 ulp. bits: of weights, and of the activations that meet them where `dynamic`; 0: floats.
     group: consecutive weights of a row that share a scale, at most. wide: attention and head take 16 bits where weights have 8.
+    experts: the model has some.
     """
 
     unit: float
@@ -38,6 +39,12 @@ class Format:
     group: int = 0
     dynamic: bool = False
     wide: bool = False
+    experts: bool = False
+
+    @property
+    def attention(self) -> Format:
+        """Of its products, which beside experts have 8 bits at least."""
+        return self.fine if self.experts else self
 
     @property
     def feed_forward(self) -> Format:
@@ -45,10 +52,10 @@ class Format:
         return replace(self, wide=False)
 
     @property
-    def head(self) -> Format:
-        """Of the output head, which has 8 bits at least."""
-        if 0 < self.bits < HEAD_BITS:
-            return replace(self, bits=HEAD_BITS, group=HEAD_GROUP)
+    def fine(self) -> Format:
+        """Of output head and embedding, which have 8 bits at least."""
+        if 0 < self.bits < FINE_BITS:
+            return replace(self, bits=FINE_BITS, group=FINE_GROUP)
         return self
 
     @property

@@ -20,6 +20,7 @@ from gatework.runtime.backends.open import module_of, module_version, open_backe
 from gatework.runtime.engine import Engine
 from gatework.runtime.verify.bounds import DEFAULT_BOUNDS, Bounds
 from gatework.runtime.verify.findings import Findings
+from gatework.runtime.verify.memory import weights_released
 from gatework.runtime.verify.perplexity import WINDOW
 from gatework.runtime.verify.plan import Plan, make_plan
 from gatework.runtime.verify.record import Recording, tap_names
@@ -204,7 +205,8 @@ def _format(engine: Engine) -> Format:
     settings = engine.manifest["inputs"]["settings"]
     group = settings["group_size"] or DEFAULT_GROUPS.get(precision, 0)
     wide = cpu_ops.usable_library(onnxruntime_version()) is not None  # our own kernels run
-    return Format(UNITS[kind], bits, group, dynamic=bool(bits) and on_cpu, wide=wide)
+    experts = engine.model["moe"] is not None
+    return Format(UNITS[kind], bits, group, dynamic=bool(bits) and on_cpu, wide=wide, experts=experts)
 
 
 def _run(engine: Engine, plan: Plan, recording: Recording, threads: int | None, progress: bool) -> float | None:
@@ -217,12 +219,16 @@ def _run(engine: Engine, plan: Plan, recording: Recording, threads: int | None, 
     probe = first.ids[: max(min(first.chunk, first.prompt), 1)]
     if tapped:
         backend = open_backend(engine, max_batch=1, threads=threads)
-        shipped = np.array(backend.prefill(0, probe, 0))
+        with weights_released(engine.path):
+            shipped = np.array(backend.prefill(0, probe, 0))
         del backend
     taps = tap_names(engine.model) if tapped else []
     backend = open_backend(engine, max_batch=slots, threads=threads, taps=taps)
-    difference = float(np.abs(backend.prefill(0, probe, 0) - shipped).max()) if tapped else None
-    with tqdm(total=plan.rows, unit="tok", desc="engine", disable=not progress, file=sys.stderr) as bar:
+    with (
+        weights_released(engine.path),
+        tqdm(total=plan.rows, unit="tok", desc="engine", disable=not progress, file=sys.stderr) as bar,
+    ):
+        difference = float(np.abs(backend.prefill(0, probe, 0) - shipped).max()) if tapped else None
         for group in plan.groups:
             recording.run(backend, group, bar.update)
     return difference

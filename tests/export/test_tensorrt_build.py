@@ -47,6 +47,7 @@ MODELS = ["llama2", "mistral", "mixtral", "dbrx"]
 PAIRS = {"bf16": "a100", "int8": "a100", "int4": "a100", "fp8": "ada"}
 STORED = {"bf16": "BF16", "int8": "INT8", "int4": "INT4", "fp8": "FP8"}
 FORMATS: dict[str, Any] = {"bf16": ("dense", 0), "int8": ("int8", 0), "int4": ("int4", 128), "fp8": ("fp8_e4m3", 0)}
+SPARED = {"int4": ("BF16", "INT8"), "fp8": ("BF16", "BF16")}
 COMPILED = {"bf16": "bf16", "int8": "int8", "int4": "bf16", "fp8": "fp8_e4m3"}
 
 
@@ -97,7 +98,10 @@ def test_biases_alibi_shared_experts_and_parallel_layers(tmp_path: Path, model: 
     assert layers["counts"]["KV_CACHE_UPDATE"] == 4
     every = map(tuple, layers["products"].values())
     *products, head = (pair for pair in every if pair != ("FLOAT", "FLOAT"))  # but for routers
-    assert set(products) == {(STORED["int8" if precision == "int8" else "bf16"], STORED[precision])}
+    expected = {(STORED["int8" if precision == "int8" else "bf16"], STORED[precision])}
+    assert set(products) == (
+        expected | {("BF16", "INT8")} if precision == "int4" else expected
+    )  # attention beside experts
     assert head == {"int8": ("INT8", "INT8"), "bf16": ("BF16", "BF16"), "int4": ("BF16", "INT8")}[precision]
     config = Checkpoint.open(path).config
     group = 128 if precision == "int4" else 0
@@ -128,16 +132,18 @@ def test_every_product_is_stored_in_the_precision_asked_for(engine: Path) -> Non
     # q, k, v and o; then gate, up and down of a dense layer, gate and up as one product; the head
     assert len(others) == layers * (4 if model["moe"] else 6) + 1
     activations = {"bf16": "BF16", "int4": "BF16"}.get(precision, STORED[precision])
-    head = ["BF16", "INT8"] if precision == "int4" else [activations, STORED[precision]]
-    assert others[-1] == head
-    assert Counter(map(tuple, others[:-1])) == {(activations, STORED[precision]): len(others) - 1}
+    spared = SPARED.get(precision, (activations, STORED[precision]))  # the head, and attention beside experts
+    assert tuple(others[-1]) == spared
+    rest = spared if model["moe"] else (activations, STORED[precision])
+    assert Counter(map(tuple, others[:-1])) == {rest: len(others) - 1}
 
 
 def test_no_product_was_compiled_to_anything_wider(engine: Path) -> None:
     manifest = manifest_of(engine)
-    kind = COMPILED[manifest["precision"]]
-    routers = {("float", "float")} if manifest["model"]["moe"] else set()
-    assert set(compiled_products(engine / "model.plan")) == {(kind, kind)} | routers
+    moe, precision = manifest["model"]["moe"] is not None, manifest["precision"]
+    kinds = {COMPILED[precision]} if precision != "fp8" else {"bf16"} if moe else {"bf16", COMPILED[precision]}
+    kinds |= {"float"} if moe else set()
+    assert set(compiled_products(engine / "model.plan")) == {(kind, kind) for kind in kinds}
 
 
 def test_experts_lie_beside_the_plan_in_the_operators_formats(engine: Path, checkpoint: Path) -> None:
