@@ -123,7 +123,7 @@ class LayerwiseReference:
         if local is not None:
             if not self.layers:
                 rows = stored(local.hidden[0])
-                yield self._compare(engine, None, "embedding", rows, self._own.hidden[0], self._form.fine)
+                yield self._compare(engine, None, "embedding", rows, self._own.hidden[0], self._form.embedding)
             before = f"layers.{self.layers - 1}.output" if self.layers else "embedding"
             local.hidden = engine.rows(before)[1][None]
         for i in range(self.layers, self.config.num_layers):

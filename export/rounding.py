@@ -31,7 +31,7 @@ class Format:
 
     unit: roundoff of activations, 0.5 ulp. bits: of weights, and of the activations that meet them where `dynamic`; 0: floats.
     group: consecutive weights of a row that share a scale, at most. wide: attention and head take 16 bits where weights have 8.
-    experts: the model has some.
+    experts: the model has some. fine_group: of what `groups.fine` names; 0: a row, as in plans, whose embedding is in floats.
     """
 
     unit: float
@@ -40,6 +40,7 @@ class Format:
     dynamic: bool = False
     wide: bool = False
     experts: bool = False
+    fine_group: int = FINE_GROUP
 
     @property
     def attention(self) -> Format:
@@ -53,10 +54,15 @@ class Format:
 
     @property
     def fine(self) -> Format:
-        """Of output head and embedding, which have 8 bits at least."""
+        """Of the output head, which has 8 bits at least."""
         if 0 < self.bits < FINE_BITS:
-            return replace(self, bits=FINE_BITS, group=FINE_GROUP)
+            return replace(self, bits=FINE_BITS, group=self.fine_group)
         return self
+
+    @property
+    def embedding(self) -> Format:
+        """Of the embedding table."""
+        return self.fine if self.fine_group else self.floats
 
     @property
     def floats(self) -> Format:
@@ -111,7 +117,7 @@ class Rounding(TorchFunctionMode):
 def _group_steps(values: Tensor, bits: int, group: int) -> Tensor:
     """The step of each value of rows [..., K] that are rounded in groups to signed integers."""
     K = values.shape[-1]
-    size = fit_group(K, group) or min(group, PADDED_GROUP)
+    size = (fit_group(K, group) or min(group, PADDED_GROUP)) if group else K
     padded = F.pad(values, (0, -K % size)).unflatten(-1, (-1, size))
     steps = padded.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
     return steps.expand_as(padded).flatten(-2)[..., :K]

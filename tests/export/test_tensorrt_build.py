@@ -27,6 +27,7 @@ from gatework.export.options import BuildOptions
 from gatework.export.sizes import gpu_weight_bytes
 from gatework.export.tensorrt.preflight import Preflight
 from gatework.export.uptodate import is_current
+from gatework.plugins.engine_format import TAP_OUTPUT, graph_taps
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import gpu_capability
 from gatework.plugins.moe.kernels import compile
@@ -254,9 +255,37 @@ def test_plan_only_leaves_the_experts_out(mixtral: Path) -> None:
     assert found[0].experts > 0
 
 
+@pytest.mark.parametrize(("model", "precision"), [("mixtral", "int4"), ("llama2", "bf16")])
+def test_a_plan_with_taps_gives_them(tmp_path: Path, model: str, precision: str) -> None:
+    """TensorRT compiles a plan whose outputs are what verification compares, in float32, with the widths of the model."""
+    settings = {"target": "a100", "precision": precision, "plan_only": True, "max_seq": 32, "taps": True}
+    engine = build_engine(make_checkpoint(tmp_path, model), tmp_path / "engine", **settings)
+    outputs = {
+        name: (dtype, shape) for name, dtype, shape in json.loads((engine / "layers.json").read_text())["outputs"]
+    }
+    config = manifest_of(engine)["model"]
+    taps = {name: outputs.pop(name + TAP_OUTPUT) for name in graph_taps(config)}
+    assert {dtype for dtype, _ in taps.values()} == {"FLOAT"}
+    D, context = config["hidden_size"], config["num_heads"] * config["head_dim"]
+    E = config["moe"]["num_experts"] if config["moe"] else 0
+    widths = {"context": context, "router": E}
+    assert {name: shape[-1] for name, (_, shape) in taps.items()} == {
+        name: widths.get(name.rpartition(".")[2], D) for name in taps
+    }
+    caches = {f"present.{i}.{kind}" for i in range(config["num_layers"]) for kind in "kv"}
+    assert outputs.keys() == {"logits", *caches}
+    counts = json.loads((engine / "layers.json").read_text())["counts"]
+    assert counts["ATTENTION_INPUT"] == config["num_layers"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"target": "a100", "precision": "int8", "taps": True},
+            "with static scales shows nothing inside; got int8; expected bf16 or fp16 or int4",
+        ),
+        ({"target": "cpu", "precision": "int8", "taps": True}, "taps is for TensorRT targets"),
         ({"target": "a100", "precision": "fp8"}, r"got a100 fp8; expected .*ada: bf16\|fp16\|fp8"),
         (
             {"target": "h100", "precision": "fp8"},
