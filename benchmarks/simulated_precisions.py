@@ -36,7 +36,7 @@ from gatework.export.calibrate import calibrate
 from gatework.export.calibration import Calibration, dense_products
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.decoder import Decoder, MoE
-from gatework.export.groups import GPU_GROUPS, fit_group
+from gatework.export.groups import GPU_GROUPS, fine, fit_group
 from gatework.export.lower import WEIGHT_FORMATS, lower_to_tensorrt
 from gatework.export.lower.experts import encode_expert, with_format
 from gatework.export.lower.products import HEAD, LARGEST
@@ -125,9 +125,9 @@ def expert_weight(part: Tensor, stored: MoEAttributes) -> Tensor:
     return torch.from_numpy(reference.dequantize(array, scales.numpy(), stored, columns=part.shape[1]))
 
 
-def product_weight(name: str, w: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    """A dense product's weight [N, K], there and back; dtype: of the scales."""
-    group = fit_group(w.shape[1], GROUP) if kind == "int4" and name != HEAD else None
+def product_weight(name: str, w: Tensor, kind: str, dtype: torch.dtype, *, experts: bool) -> Tensor:
+    """A dense product's weight [N, K], there and back; dtype: of the scales; experts: the model has some."""
+    group = fit_group(w.shape[1], GROUP) if kind == "int4" and not fine(name, experts=experts) else None
     if group is not None:
         codes, scales = quantize_rows(w, 4, group, dtype, positive=True)
         return dequantize_rows(codes, scales.float(), 4, w.shape[1])
@@ -148,9 +148,14 @@ def simulate(
             decoder.get_parameter(norm).copy_(balance_norm(decoder.get_parameter(norm), calibration.smooth[norm]))
             columns |= dict.fromkeys(names, calibration.smooth[norm])
     for name in dense_products(config):
+        if kind == "fp8" and fine(name, experts=config.moe is not None):
+            continue
         weight = decoder.get_parameter("embed.weight" if name == HEAD and config.tie_embeddings else name)
         w = balance_columns(weight, columns[name]) if name in columns else weight
-        mode.by_weight[id(weight)] = (product_weight(name, w, kind, dtype), input_rounding(name, kind, scales, dtype))
+        mode.by_weight[id(weight)] = (
+            product_weight(name, w, kind, dtype, experts=config.moe is not None),
+            input_rounding(name, kind, scales, dtype),
+        )
     for layer in decoder.layers:
         if config.moe is not None:
             layer.add_module("moe", RoundedExperts(layer.get_submodule("moe"), kind, round_experts))  # type: ignore[arg-type]

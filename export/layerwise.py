@@ -122,7 +122,8 @@ class LayerwiseReference:
         local = self._start(self._tapped) if self._tapped else None
         if local is not None:
             if not self.layers:
-                yield self._compare(engine, None, "embedding", stored(local.hidden[0]), self._own.hidden[0])
+                rows = stored(local.hidden[0])
+                yield self._compare(engine, None, "embedding", rows, self._own.hidden[0], self._form.embedding)
             before = f"layers.{self.layers - 1}.output" if self.layers else "embedding"
             local.hidden = engine.rows(before)[1][None]
         for i in range(self.layers, self.config.num_layers):
@@ -297,7 +298,7 @@ class LayerwiseReference:
                 yield j, start - first, head(hidden)
         if self._tapped:
             rows, output = engine.rows(f"layers.{config.num_layers - 1}.output")
-            want, noise, bias = self._draws(lambda _: head(output), self._form.head)
+            want, noise, bias = self._draws(lambda _: head(output), self._form.fine)
             found, got = engine.rows("logits")
             at = torch.searchsorted(rows, found)
             own = head(self._own.hidden[0, self._places[found]])
@@ -316,7 +317,7 @@ class LayerwiseReference:
     ) -> Compared:
         """One step. `work` gives the tapped rows [n, d], all of them or those of `rows`."""
         found, got = engine.rows(tensor if layer is None else f"layers.{layer}.{tensor}")
-        want, noise, bias = self._draws(work, form or self._form)
+        want, noise, bias = self._draws(work, form or self._form.attention)
         if rows is None:
             want, noise, bias = want[found], noise[found], bias[found]
         return Compared(layer, tensor, found, got, want, noise, bias, own[self._places[found]])

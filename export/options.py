@@ -9,6 +9,7 @@ from gatework.export.config import ModelConfig
 from gatework.export.targets import Target, target_for
 from gatework.plugins.errors import GateworkError
 
+TAPPED = ("bf16", "fp16", "int4")  # precisions of plans whose rounding verification has a model of
 MAX_TABLE_BYTES = 1 << 30  # of the rotary tables in a graph, [S_max, R/2] twice, float32
 
 
@@ -25,7 +26,7 @@ class BuildOptions:
 
     For TensorRT only. toolchain: None chooses. calibration: file that holds the activations' ranges. strip_weights: leave the
     dense weights out of the plan. plan_only: leave the experts unpacked; the engine cannot run. timing_cache: file shared by
-    builds. device_memory: bytes; None: the target's.
+    builds. device_memory: bytes; None: the target's. taps: the plan gives up what it computes inside its layers.
     """
 
     target: str
@@ -41,6 +42,7 @@ class BuildOptions:
     plan_only: bool = False
     timing_cache: Path | None = None
     device_memory: int | None = None
+    taps: bool = False
 
     def __post_init__(self) -> None:
         target = target_for(self.target, self.precision)
@@ -53,6 +55,9 @@ class BuildOptions:
             raise GateworkError(
                 f"{self.precision} on {self.target} has no groups of weights", got=got, fix="leave it out"
             )
+        if self.taps and target.capability is not None and self.precision not in TAPPED:
+            what, fix = "a plan with static scales shows nothing inside", "verify its logits, without taps"
+            raise GateworkError(what, got=self.precision, expected=" or ".join(TAPPED), fix=fix)
         for name in ("max_batch", "prefill_chunk", "stages"):
             if getattr(self, name) < 1:
                 raise GateworkError(f"{name} is not positive", got=getattr(self, name), expected="at least 1")
@@ -60,7 +65,15 @@ class BuildOptions:
             got, fix = f"target {self.target}", "use --target cpu or cuda"
             raise GateworkError("stages are for targets of ONNX Runtime", got=got, fix=fix)
         if target.capability is None:
-            for name in ("toolchain", "calibration", "strip_weights", "plan_only", "timing_cache", "device_memory"):
+            for name in (
+                "toolchain",
+                "calibration",
+                "strip_weights",
+                "plan_only",
+                "timing_cache",
+                "device_memory",
+                "taps",
+            ):
                 if getattr(self, name):
                     raise GateworkError(
                         f"{name} is for TensorRT targets", got=f"target {self.target}", fix="leave it out"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from gatework.export.groups import HEAD_BITS, HEAD_GROUP, PADDED_GROUP, fit_group
+from gatework.export.groups import FINE_BITS, FINE_GROUP, PADDED_GROUP, fit_group
 from gatework.plugins.moe.cpu_ops import WIDE_BITS
 
 # Half the distance of neighbouring floats around 1. The reference rounds to float32 as well: two equal errors, so sqrt(2).
@@ -31,6 +31,7 @@ class Format:
 
     unit: roundoff of activations, 0.5 ulp. bits: of weights, and of the activations that meet them where `dynamic`; 0: floats.
     group: consecutive weights of a row that share a scale, at most. wide: attention and head take 16 bits where weights have 8.
+    experts: the model has some. fine_group: of what `groups.fine` names; 0: a row, as in plans, whose embedding is in floats.
     """
 
     unit: float
@@ -38,6 +39,13 @@ class Format:
     group: int = 0
     dynamic: bool = False
     wide: bool = False
+    experts: bool = False
+    fine_group: int = FINE_GROUP
+
+    @property
+    def attention(self) -> Format:
+        """Of its products, which beside experts have 8 bits at least."""
+        return self.fine if self.experts else self
 
     @property
     def feed_forward(self) -> Format:
@@ -45,11 +53,16 @@ class Format:
         return replace(self, wide=False)
 
     @property
-    def head(self) -> Format:
+    def fine(self) -> Format:
         """Of the output head, which has 8 bits at least."""
-        if 0 < self.bits < HEAD_BITS:
-            return replace(self, bits=HEAD_BITS, group=HEAD_GROUP)
+        if 0 < self.bits < FINE_BITS:
+            return replace(self, bits=FINE_BITS, group=self.fine_group)
         return self
+
+    @property
+    def embedding(self) -> Format:
+        """Of the embedding table."""
+        return self.fine if self.fine_group else self.floats
 
     @property
     def floats(self) -> Format:
@@ -104,7 +117,7 @@ class Rounding(TorchFunctionMode):
 def _group_steps(values: Tensor, bits: int, group: int) -> Tensor:
     """The step of each value of rows [..., K] that are rounded in groups to signed integers."""
     K = values.shape[-1]
-    size = fit_group(K, group) or min(group, PADDED_GROUP)
+    size = (fit_group(K, group) or min(group, PADDED_GROUP)) if group else K
     padded = F.pad(values, (0, -K % size)).unflatten(-1, (-1, size))
     steps = padded.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
     return steps.expand_as(padded).flatten(-2)[..., :K]

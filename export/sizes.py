@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 from gatework.export.config import ModelConfig
-from gatework.export.groups import DEFAULT_GROUPS, HEAD_BITS, HEAD_GROUP, PADDED_GROUP, fit_group
+from gatework.export.groups import DEFAULT_GROUPS, PADDED_GROUP, dense_format, fine, fit_group
 from gatework.plugins.moe.cpu_ops import BLOCK_ROWS
 
 Precision = Literal["fp32", "bf16", "fp8", "int8", "int4"]
@@ -91,12 +91,12 @@ def gpu_weight_bytes(config: ModelConfig, precision: str, group: int) -> tuple[i
 
 def _gpu_tensor_bytes(config: ModelConfig, precision: str, group: int) -> dict[str, int]:
     shapes = config.tensor_shapes()
-    if config.tie_embeddings and precision not in ("bf16", "fp16"):
+    if config.tie_embeddings and precision in ("int8", "int4"):
         shapes["lm_head.weight"] = shapes["embed.weight"]  # a quantised copy
     return {
         name: _gpu_expert_bytes(shape, precision, group)
         if _EXPERTS in name
-        else _gpu_dense_bytes(name, shape, precision, group)
+        else _gpu_dense_bytes(name, shape, precision, group, experts=config.moe is not None)
         for name, shape in shapes.items()
     }
 
@@ -111,28 +111,30 @@ def _gpu_expert_bytes(shape: tuple[int, ...], precision: str, group: int) -> int
     return 2 * rows * columns
 
 
-def _gpu_dense_bytes(name: str, shape: tuple[int, ...], precision: str, group: int) -> int:
+def _gpu_dense_bytes(name: str, shape: tuple[int, ...], precision: str, group: int, *, experts: bool) -> int:
     if ".router." in name:
         return 4 * math.prod(shape)
-    if len(shape) == 1 or _EXPERT_BIASES in name or name.startswith("embed.") or precision in ("bf16", "fp16"):
+    spared = fine(name, experts=experts)
+    as_it_is = name.startswith("embed.") or precision in ("bf16", "fp16") or (spared and precision == "fp8")
+    if len(shape) == 1 or _EXPERT_BIASES in name or as_it_is:
         return GPU_VALUE * math.prod(shape)
     rows, columns = shape
-    size = fit_group(columns, group) if precision == "int4" and name != "lm_head.weight" else None
+    size = fit_group(columns, group) if precision == "int4" and not spared else None
     if size is not None:
         return rows * (columns // 2 + GPU_VALUE * columns // size)
     return rows * (columns + (GPU_VALUE if precision != "fp8" else 0))
 
 
 def _grouped_bytes(name: str, shape: tuple[int, ...], bits: int, group: int, config: ModelConfig) -> int:
-    size = fit_group(config.hidden_size, group)
     is_embedding = name.startswith("embed.")
+    if name.endswith(".weight"):
+        bits, group = dense_format(name, bits, group, experts=config.moe is not None)
+    size = fit_group(config.hidden_size, group)
     if _EXPERT_BIASES in name and size is not None:
         padded = config.matrices * (-config.intermediate_size % size) if name.endswith("moe.b_in") else 0
         return 4 * shape[0] * (shape[1] + padded)
     if len(shape) == 1 or ".router." in name or (is_embedding and size is None):
         return 4 * math.prod(shape)
-    if name == "lm_head.weight":
-        return _head_bytes(shape, bits, group)
     if len(shape) == 2 and not is_embedding:
         return _matrix_bytes(shape, bits, group)
     assert size is not None, name
@@ -145,11 +147,6 @@ def _grouped_bytes(name: str, shape: tuple[int, ...], bits: int, group: int, con
     elif name.endswith("moe.w_out"):
         columns += padding
     return rows * (columns * bits // 8 + columns // size * _SCALE)
-
-
-def _head_bytes(shape: tuple[int, ...], bits: int, group: int) -> int:
-    """The output head has 8 bits at least, and then groups of 128."""
-    return _matrix_bytes(shape, bits, group) if bits >= HEAD_BITS else _matrix_bytes(shape, HEAD_BITS, HEAD_GROUP)
 
 
 def _matrix_bytes(shape: tuple[int, ...], bits: int, group: int) -> int:

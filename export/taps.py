@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from gatework.export.config import ModelConfig
-from gatework.plugins.engine_format import layer_taps
+from gatework.plugins.engine_format import TAP_OUTPUT, graph_taps, layer_taps
 from gatework.plugins.moe.spec import DOMAIN
 
 
@@ -51,6 +51,18 @@ def name_taps(graph: ir.Graph, config: ModelConfig) -> None:
             value = values[tensor]
             assert value is not None
             value.name = name
+
+
+def show_taps(model: ir.Model, config: ModelConfig) -> None:
+    """Make the values that `name_taps` named outputs of a lowered graph, in float32."""
+    graph = model.graph
+    values = {value.name: value for node in graph for value in node.outputs}
+    for name in graph_taps(config.to_dict()):
+        node = ir.node("Cast", [values[name]], {"to": ir.DataType.FLOAT})
+        graph.append(node)
+        (output,) = node.outputs
+        output.name, output.type, output.shape = name + TAP_OUTPUT, ir.TensorType(ir.DataType.FLOAT), values[name].shape
+        graph.outputs.append(output)
 
 
 def _product(graph: ir.Graph, weight: str) -> ir.Node:

@@ -67,6 +67,15 @@ def layer_taps(layer: int, model: Mapping[str, Any]) -> list[str]:
     return [f"layers.{layer}.{name}" for name in names]
 
 
+TAP_OUTPUT = ".float32"  # follows a tap's name where an output gives it as float32
+
+
+def graph_taps(model: Mapping[str, Any]) -> list[str]:
+    """Values of a whole graph that verification compares, in order of computation; model: `ModelConfig.to_dict()`."""
+    layers = (layer_taps(i, model) for i in range(model["num_layers"]))
+    return ["embedding", *(name for names in layers for name in names)]
+
+
 def stage_folder(number: int) -> str:
     """The folder in an engine that holds graph and weights of a stage."""
     return f"stage{number}"

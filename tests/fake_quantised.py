@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gatework.export.calibration import Calibration
+from gatework.export.checkpoint import Checkpoint
 from tests.checkpoints import reference_model
 
 Precision = Literal["bf16", "fp8", "int8", "int4"]
@@ -86,6 +87,7 @@ class FakeQuantised:
         self, path: Path, precision: Precision, *, group: int = 0, calibration: Calibration | None = None
     ) -> None:
         self.model, self.precision, self.group, self.calibration = reference_model(path), precision, group, calibration
+        self.has_experts = Checkpoint.open(path).config.moe is not None
         self.known: dict[str, Tensor] = {}
         self.errors: dict[str, float] = {}
         if precision != "bf16":
@@ -104,6 +106,14 @@ class FakeQuantised:
         self.known = known
         return self.model(ids).logits
 
+    def spared(self, name: str) -> bool:
+        """Whether a dense product has 8 bits under int4, and is not rounded under fp8."""
+        return name == "lm_head.weight" or (".attn." in name and self.has_experts)
+
+    def kept(self, name: str) -> bool:
+        """Whether a dense product is not rounded at all."""
+        return self.precision == "fp8" and self.spared(name)
+
     def _round_products(self) -> None:
         places: dict[str, list[Tensor]] = defaultdict(list)  # by canonical name, the rows that hold it
         for path, module in list(self.model.named_modules()):
@@ -114,7 +124,7 @@ class FakeQuantised:
             rows = [self._rows(name) for name in names] if len(names) > 1 else [len(module.weight)]
             for name, part in zip(names, module.weight.split(rows), strict=True):
                 places[name].append(part)
-            if self.precision != "int4":
+            if self.precision != "int4" and not self.kept(names[0]):
                 module.register_forward_pre_hook(partial(self._round_input, names))
         for name, parts in places.items():
             factors = self._factors(name)
@@ -125,10 +135,12 @@ class FakeQuantised:
 
     def _rounded(self, name: str, w: Tensor, absmax: Tensor) -> Tensor:
         """Rows of a dense weight; absmax: of the whole weight."""
+        if self.kept(name):
+            return w
         if self.precision == "fp8":
             return round_to(w, absmax / LARGEST["fp8"], "fp8")
         group = next((size for size in (128, 64, 32, 16) if size <= self.group and w.shape[1] % size == 0), None)
-        if self.precision == "int8" or name == "lm_head.weight" or group is None:
+        if self.precision == "int8" or self.spared(name) or group is None:
             return round_rows(w, "int8")
         return round_groups(w, group, positive=True)
 

@@ -88,6 +88,15 @@ def test_a_plan_equals_the_model(tmp_path: Path, model: str) -> None:
 
 
 @pytest.mark.tensorrt
+@pytest.mark.parametrize("precision", ["bf16", "int4"])
+def test_a_plan_with_taps_is_verified_step_by_step(tmp_path: Path, precision: str) -> None:
+    settings: dict[str, Any] = {"target": target_here().name, "precision": precision, "max_seq": 512, "taps": True}
+    report = verify(build_engine(TINY, tmp_path / "engine", **settings), TINY, window=64)
+    assert report.first_divergence is None, str(report)
+    assert len(report.stages) == 4 * 8 + 2
+
+
+@pytest.mark.tensorrt
 @pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])
 def test_a_quantised_plan_of_the_bundled_model_passes_its_bounds(tmp_path: Path, precision: str) -> None:
     target = target_here()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gatework.export.build import build_engine
 from gatework.export.decoder import Decoder
-from gatework.export.groups import DEFAULT_GROUPS, HEAD_BITS, HEAD_GROUP, fit_group
+from gatework.export.groups import DEFAULT_GROUPS, fit_group
 from gatework.export.quantize import dequantize_rows, quantize_rows
 from gatework.export.reference import Reference
 from gatework.plugins.moe import cpu_ops
@@ -63,11 +63,11 @@ def round_weights(decoder: Decoder, bits: int, group: int, scales: torch.dtype =
             rows = weight.reshape(-1, weight.shape[-1])
             codes, steps = quantize_rows(rows, bits, hidden_group, scales)  # type: ignore[arg-type]
             weight.data = dequantize_rows(codes, steps.float(), bits, rows.shape[1]).view_as(weight)
-        elif name == "lm_head.weight":
-            weight.data = rounded(weight, HEAD_BITS, HEAD_GROUP, scales)
         else:
             table = name == "embed.weight"  # ONNX Runtime's, all else is in the layout of our kernels
-            weight.data = rounded(weight, bits, group, torch.float32 if table else scales)
+            fine = table or name == "lm_head.weight" or (".attn." in name and decoder.config.moe is not None)
+            form = (8, 128) if fine and bits == 4 else (bits, group)
+            weight.data = rounded(weight, *form, torch.float32 if table else scales)
 
 
 def keep_float_activations(engine: Path) -> None:

@@ -77,14 +77,15 @@ def _lower_to_ort(model: ir.Model, config: ModelConfig, bits: int | None, group:
         model, fused = to_group_query_attention(model, config, query_lengths=kernels.query_lengths)
     if not kernels.fused_attention or (config.attn_sinks and not fused):
         model, _ = to_plain_softcap(model)
+    experts = config.moe is not None
     if bits is not None and kernels.packed:
         model, _ = to_packed_moe(model, bits=bits, group=group)
-        model, _ = to_packed_matmul(model, bits=bits, group=group)
+        model, _ = to_packed_matmul(model, bits=bits, group=group, experts=experts)
         model, _ = to_cached_attention(model)
     else:
         model, _ = to_contrib_moe(model, bits=bits, group=group, kernels=kernels)
         if bits is not None:
-            model, _ = to_matmul_nbits(model, bits=bits, group=group)
+            model, _ = to_matmul_nbits(model, bits=bits, group=group, experts=experts)
     if bits is not None:
         model, _ = to_gather_block_quantized(model, bits=bits, group=group)
     model, _ = to_fused_matmul(model)

@@ -1,7 +1,7 @@
 """Gather of embedding rows -> GatherBlockQuantized.
 
-Pre: Gather(embedding weight, input_ids). Post: the embedding is stored in `bits` bits and rows are dequantised as they
-are read, unless the hidden size is not a multiple of 16, which the kernel demands.
+Pre: Gather(embedding weight, input_ids). Post: the embedding is stored in 8 bits and rows are dequantised as they are
+read, unless the hidden size is not a multiple of 16, which the kernel demands.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import partial
 import onnx_ir as ir
 import torch
 
-from gatework.export.groups import fit_group
+from gatework.export.groups import dense_format, fit_group
 from gatework.export.lower.graph import MS, Builder, replace
 from gatework.export.packing import Pack, TensorSpec, add_packed, is_weight, pack_of
 from gatework.export.quantize import quantize_rows
@@ -25,16 +25,17 @@ def to_gather_block_quantized(model: ir.Model, *, bits: int, group: int) -> tupl
         pack = pack_of(node.inputs[0])
         (spec,) = pack.outputs
         V, D = spec.shape
-        size = fit_group(D, group)
+        width, widest = dense_format(spec.name, bits, group, experts=False)
+        size = fit_group(D, widest)
         if size is None:
             continue
         outputs = (
-            TensorSpec(f"{spec.name}.codes", torch.uint8, (V, D * bits // 8)),
+            TensorSpec(f"{spec.name}.codes", torch.uint8, (V, D * width // 8)),
             TensorSpec(f"{spec.name}.scales", spec.dtype, (V, D // size)),
         )
-        encode = partial(quantize_rows, bits=bits, group=size, scale_dtype=spec.dtype)
+        encode = partial(quantize_rows, bits=width, group=size, scale_dtype=spec.dtype)
         codes, scales = add_packed(model.graph, Pack(pack.sources, outputs, encode))
-        settings = {"bits": bits, "block_size": size, "gather_axis": 0, "quantize_axis": 1}
+        settings = {"bits": width, "block_size": size, "gather_axis": 0, "quantize_axis": 1}
         (y,) = Builder(model.graph, node).op(
             "GatherBlockQuantized", codes, node.inputs[1], scales, domain=MS, **settings
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gatework.export.groups import HEAD_BITS, HEAD_GROUP, PADDED_GROUP, fit_group
+from gatework.export.groups import PADDED_GROUP, dense_format, fit_group
 from gatework.export.lower.cached_attention import to_group_query_attention
 from gatework.export.lower.experts import attributes_of, moe_nodes
 from gatework.export.lower.graph import MS, Builder, linear_weight, replace
@@ -42,8 +42,8 @@ def block_shapes(N: int, K: int, bits: int, group: int) -> tuple[tuple[int, ...]
     return (blocks, steps, BLOCK_ROWS, STEP_BYTES), (blocks, groups, BLOCK_ROWS)
 
 
-def to_packed_matmul(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model, bool]:
-    """Quantise every product with a weight but the routers'; the output head takes 8 bits at least.
+def to_packed_matmul(model: ir.Model, *, bits: int, group: int, experts: bool) -> tuple[ir.Model, bool]:
+    """Quantise every product with a weight but the routers'; for bits, group and experts see `dense_format`.
 
     Pre: canonical MatMul nodes.
     """
@@ -56,7 +56,7 @@ def to_packed_matmul(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Mode
         (spec,) = pack.outputs
         N, K = static_shape(weight)
         name = _HEAD if spec.name == _EMBEDDING else spec.name  # tied
-        width, widest = (HEAD_BITS, HEAD_GROUP) if name == _HEAD and bits < HEAD_BITS else (bits, group)
+        width, widest = dense_format(name, bits, group, experts=experts)
         size = fit_group(K, widest) or min(widest, PADDED_GROUP)  # the last group of an odd row is padded
         codes, scales = block_shapes(N, K, width, size)
         outputs = _specs(name, codes, scales)

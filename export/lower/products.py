@@ -5,8 +5,9 @@
     int4  weights int4, a scale per group along the contraction axis; activations as they are (weight-only)
 
 Pre: canonical MatMul nodes, x W^T. Post: the same products of dequantised values, which TensorRT fuses; routers, norms and the
-embedding table keep their type. Under int4 the output head, and a matrix whose rows no group divides, have 8 bits and a
-scale per output channel. Scales have the activations' type: TensorRT's int4 demands it.
+embedding table keep their type. Under int4 the output head, attention beside experts, and a matrix whose rows no group
+divides, have 8 bits and a scale per output channel. Under fp8 the head, and attention beside experts, stay as they are.
+Scales have the activations' type: TensorRT's int4 demands it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from gatework.export.groups import fit_group
+from gatework.export.groups import fine, fit_group
+from gatework.export.lower.experts import moe_nodes
 from gatework.export.lower.graph import Builder, linear_users, linear_weight, producer, replace
 from gatework.export.packing import TORCH_DTYPES, Pack, TensorSpec, add_packed, pack_of, set_pack, static_shape
 from gatework.export.quantize import FP8_LARGEST, one_for_zero, quantize_fp8, quantize_int8_rows, quantize_rows
@@ -54,23 +56,27 @@ class Scales(Protocol):
 def quantize_products(
     model: ir.Model, precision: QuantizedPrecision, *, group: int = 0, scales: Scales | None = None
 ) -> tuple[ir.Model, bool]:
-    """Rewrite every product with a weight but the routers'.
+    """Rewrite every product with a weight but the routers' and what stays as it is.
 
     Args:
         group: weights that share a scale, for int4.
         scales: for int8 and fp8.
     """
     quantised: dict[ir.Value, ir.Value] = {}  # q, k and v read one input
+    experts = bool(moe_nodes(model))
     modified = False
     for node in list(model.graph):
         weight, x = linear_weight(node), node.inputs[0]
         if weight is None or ".router." in (weight.name or ""):
             continue
         assert x is not None and x.dtype is not None
+        spared = fine(_name(weight), experts=experts)
+        if spared and precision == "fp8":
+            continue
         build = Builder(model.graph, node)
         product = _Product(build, weight, _name(weight), x.dtype, _smoothing(x, scales))
         if precision == "int4":
-            w = product.int4(group)
+            w = product.int8() if spared else product.int4(group)
         else:
             assert scales is not None
             w = product.int8() if precision == "int8" else product.fp8(scales)
@@ -151,7 +157,7 @@ class _Product:
     def int4(self, group: int) -> ir.Value:
         N, K = static_shape(self.weight)
         size = fit_group(K, group)
-        if size is None or self.name == HEAD:
+        if size is None:
             return self.int8()
         encode = partial(_encode_int4, group=size, dtype=self.dtype)
         codes, scales = self._add(torch.uint8, (N, K // 2), (N, K // size), encode)

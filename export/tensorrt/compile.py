@@ -15,6 +15,7 @@ from gatework.export.materialize import EXPERTS, GRAPH, write_experts, write_mod
 from gatework.export.onnx_export import trace
 from gatework.export.options import BuildOptions
 from gatework.export.packing import Pack
+from gatework.export.taps import show_taps
 from gatework.export.tensorrt.builder import PlanRequest, build_plan
 from gatework.export.tensorrt.kernels import write_kernels
 from gatework.export.tensorrt.scales import StaticScales
@@ -49,6 +50,8 @@ def write_graph(
     assert options.max_seq is not None
     model = trace(config, options.max_seq, dtype="float16" if options.precision == "fp16" else "bfloat16")
     model = lower_to_tensorrt(model, options.precision, group=options.group, scales=scales)  # type: ignore[arg-type]
+    if options.taps:
+        show_taps(model, config)
     facts = weight_facts(model, config)
     model, experts = experts_to_inputs(model)
     layers = {

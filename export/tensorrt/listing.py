@@ -21,9 +21,10 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The layers of a network, in order."""
+    """The layers of a network, in order, and its outputs: (name, dtype, shape), as of a layer."""
 
     layers: tuple[Layer, ...]
+    outputs: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
 
     def counts(self) -> Counter[str]:
         """Layers of each kind."""
@@ -41,7 +42,7 @@ class Listing:
     def to_json(self) -> dict[str, Any]:
         """For layers.json."""
         layers = [{"name": x.name, "kind": x.kind, "inputs": x.inputs, "outputs": x.outputs} for x in self.layers]
-        return {"counts": dict(self.counts()), "products": self.products(), "layers": layers}
+        return {"counts": dict(self.counts()), "products": self.products(), "layers": layers, "outputs": self.outputs}
 
 
 def list_network(network: Any) -> Listing:
@@ -52,7 +53,7 @@ def list_network(network: Any) -> Listing:
         inputs = tuple(_describe(layer.get_input(i)) for i in range(layer.num_inputs) if layer.get_input(i) is not None)
         outputs = tuple(_describe(layer.get_output(i)) for i in range(layer.num_outputs))
         layers.append(Layer(layer.name, layer.type.name, inputs, outputs))
-    return Listing(tuple(layers))
+    return Listing(tuple(layers), tuple(_describe(network.get_output(i)) for i in range(network.num_outputs)))
 
 
 def _describe(tensor: Any) -> tuple[str, str, tuple[int, ...]]:

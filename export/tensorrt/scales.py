@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gatework.export.calibration import Calibration
+from gatework.export.calibration import Calibration, dense_products
 from gatework.export.checkpoint import Checkpoint
+from gatework.export.config import ModelConfig
+from gatework.export.groups import fine
 from gatework.export.lower.products import LARGEST
 from gatework.export.options import BuildOptions
 from gatework.export.smoothing import balance_columns
@@ -38,10 +40,17 @@ class StaticScales:
         return max(float((part if factors is None else balance_columns(part, factors)).abs().max()) for part in parts)
 
 
+def static_products(config: ModelConfig, precision: str) -> list[str]:
+    """The dense products whose inputs are rounded with static scales; under fp8 a model may have none."""
+    experts, all_of_them = config.moe is not None, precision != "fp8"
+    names = dense_products(config) if precision in LARGEST else ()
+    return [name for name in names if all_of_them or not fine(name, experts=experts)]
+
+
 def load_scales(checkpoint: Checkpoint, options: BuildOptions) -> StaticScales:
     """Read the calibration that the options name.
 
-    Raises GateworkError when a precision with static scales has none, unless only a plan is wanted, and when one without
+    Raises GateworkError when products with static scales have none, unless only a plan is wanted, and when a precision without
     them is given one.
     """
     if options.calibration is not None and options.precision not in LARGEST:
@@ -51,7 +60,7 @@ def load_scales(checkpoint: Checkpoint, options: BuildOptions) -> StaticScales:
         )
     if options.calibration is not None:
         return StaticScales(checkpoint, Calibration.load(options.calibration, checkpoint))
-    if options.precision in LARGEST and not options.plan_only:
+    if static_products(checkpoint.config, options.precision) and not options.plan_only:
         fix = f"gatework calibrate {checkpoint.path} --text FILE --out calibration.json, then --calibration calibration.json"
         raise GateworkError(f"{options.precision} on {options.target} needs the ranges of activations", fix=fix)
     return StaticScales(checkpoint, None)

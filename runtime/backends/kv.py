@@ -147,3 +147,11 @@ class DeviceCache:
 
 
 Cache = HostCache | DeviceCache
+
+
+def cached_rows(cache: Cache, name: str, slot: int, length: int, dtype: str) -> np.ndarray:
+    """Keys or values at a slot's first positions, [Hkv, length, Dh] float32; dtype: of the cache, ONNX's name."""
+    rows = cache.read(name, slot)[:, :length]
+    if dtype == "bfloat16":
+        return (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return rows.view(dtype).astype(np.float32)

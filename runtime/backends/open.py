@@ -26,7 +26,7 @@ def open_backend(
     Args:
         max_batch: cache slots; at most the engine's limit where it holds a plan.
         threads: of ONNX Runtime's CPU pool.
-        taps: values inside the graph to leave in the backend's `tapped`; of ONNX Runtime alone.
+        taps: values inside the graph to leave in the backend's `tapped`; see `shows_inside`.
         stage_processes: run each stage of the engine in a process of its own, without taps.
 
     Raises:
@@ -49,10 +49,9 @@ def open_backend(
 
         return OrtBackend(engine, max_batch=max_batch, threads=threads, taps=taps)
     check_runnable(engine, max_batch)
-    assert not taps, "a plan shows no values inside"
     from gatework.runtime.backends.tensorrt import TensorRTBackend
 
-    return TensorRTBackend(engine, module, max_batch=max_batch)
+    return TensorRTBackend(engine, module, max_batch=max_batch, tapped=bool(taps))
 
 
 def module_of(engine: Engine) -> str:
@@ -63,6 +62,11 @@ def module_of(engine: Engine) -> str:
         what = f"{engine.path} was built by no toolchain that is known here"
         raise GateworkError(what, got=", ".join(tools), expected=" or ".join(MODULES))
     return module
+
+
+def shows_inside(engine: Engine) -> bool:
+    """Whether the engine can give up what it computes inside its layers: graphs can, and plans that were built with taps."""
+    return module_of(engine) == "onnxruntime" or bool(engine.manifest["inputs"]["settings"].get("taps"))
 
 
 def module_version(engine: Engine) -> dict[str, str]:

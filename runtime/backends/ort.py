@@ -19,11 +19,11 @@ import numpy as np
 import onnxruntime as ort
 
 from gatework.plugins import engine_format
-from gatework.plugins.engine_format import stage_folder, stage_input
+from gatework.plugins.engine_format import TAP_OUTPUT, stage_folder, stage_input
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import usable_cpus
 from gatework.plugins.moe import cpu_ops
-from gatework.runtime.backends.kv import Cache, DeviceCache, HostCache, KVLayout
+from gatework.runtime.backends.kv import Cache, DeviceCache, HostCache, KVLayout, cached_rows
 from gatework.runtime.backends.steps import Steps
 from gatework.runtime.engine import Engine, Stage
 
@@ -33,9 +33,9 @@ _WARNING, _FATAL = 2, 4  # severities of its log; the first is its default
 # Type of a cache: ONNX's number for it, which NumPy's lack of bfloat16 calls for, and bytes.
 _FLOAT, _INT64, _FLOAT16, _BFLOAT16 = 1, 7, 10, 16
 _CACHE_TYPES = {"tensor(float)": (_FLOAT, 4), "tensor(float16)": (_FLOAT16, 2), "tensor(bfloat16)": (_BFLOAT16, 2)}
+_CACHE_NAMES = {_FLOAT: "float32", _FLOAT16: "float16", _BFLOAT16: "bfloat16"}
 # The stream between stages has the caches' type; bfloat16 is passed on as it is.
 _STREAM_DTYPES: dict[int, type[np.generic]] = {_FLOAT: np.float32, _FLOAT16: np.float16, _BFLOAT16: np.uint16}
-_CONVERTED = ".float32"  # follows the name of a tap that is of another type
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class OrtBackend(Steps):
         inputs = {value.name: value for value in self.session.get_inputs()}
         outputs = {output.name: output for output in self.session.get_outputs()}
         self._taps = {
-            tap: tap + _CONVERTED if tap + _CONVERTED in outputs else tap for tap in taps
+            tap: tap + TAP_OUTPUT if tap + TAP_OUTPUT in outputs else tap for tap in taps
         }  # and their outputs
         self._input_names = list(inputs)
         names = tuple(name.removeprefix("past.") for name in inputs if name.startswith("past."))
@@ -171,12 +171,7 @@ class OrtBackend(Steps):
 
     def cached(self, name: str, slot: int, length: int) -> np.ndarray:
         """A copy of the keys or values at a slot's first positions, [Hkv, length, Dh] float32; name as in "0.k"."""
-        rows = self._cache.read(name, slot)[:, :length]
-        if self._cache_type == _BFLOAT16:
-            return (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        return rows.view(np.float16 if rows.shape[-1] == 2 * self._cache.layout.width else np.float32).astype(
-            np.float32
-        )
+        return cached_rows(self._cache, name, slot, length, _CACHE_NAMES[self._cache_type])
 
     def _bind(self, first_slot: int, batch: int, length: int) -> _Step:
         """Bind inputs, outputs and the cache rows [first_slot, first_slot + batch) to one step's buffers."""
@@ -274,7 +269,7 @@ def _with_outputs(path: Path, taps: Sequence[str]) -> bytes:
             raise GateworkError(f"{path} has no value of this name to compare", expected=tap, fix=fix)
         output = tap
         if types[tap] != onnx.TensorProto.FLOAT or tap in given:
-            output = tap + _CONVERTED
+            output = tap + TAP_OUTPUT
             graph.node.append(onnx.helper.make_node("Cast", [tap], [output], to=onnx.TensorProto.FLOAT))
         graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
     content: bytes = model.SerializeToString()

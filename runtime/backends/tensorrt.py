@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gatework.plugins.engine_format import KERNELS
+from gatework.plugins.engine_format import KERNELS, TAP_OUTPUT
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.launcher import Launcher
 from gatework.plugins.moe.tensorrt import MoECreator, register
 from gatework.plugins.tensorrt_module import load_toolchain, process_logger
 from gatework.runtime.backends.device import Device
 from gatework.runtime.backends.experts import EXPERTS, upload
-from gatework.runtime.backends.kv import ALIGNMENT, Cache, DeviceCache, KVLayout, align, cache_names
+from gatework.runtime.backends.kv import ALIGNMENT, Cache, DeviceCache, KVLayout, align, cache_names, cached_rows
+from gatework.runtime.backends.plan_taps import PlanTaps, tap_widths
 from gatework.runtime.engine import Engine
 
 PLAN = "model.plan"
@@ -116,12 +117,13 @@ class TensorRTBackend:
         engine: an opened engine directory that is whole (see `open.check_runnable`).
         module: "tensorrt" or "tensorrt_rtx", the one that made the plan.
         max_batch: cache slots.
+        tapped: leave what is computed inside in `tapped` after every step; the engine was built with taps.
 
     Raises:
         GateworkError: no GPU, a package missing, a plan that does not load, too little memory.
     """
 
-    def __init__(self, engine: Engine, module: str, *, max_batch: int) -> None:
+    def __init__(self, engine: Engine, module: str, *, max_batch: int, tapped: bool = False) -> None:
         self.max_batch, self.max_seq = max_batch, engine.limits.max_seq
         self._device = Device()  # before the module: its libraries need a driver
         self._trt = trt = load_toolchain(module)
@@ -139,7 +141,12 @@ class TensorRTBackend:
         self._experts = upload(self._device, experts) if experts.is_file() else {}
         self._scratch_bytes = scratch_bytes(self._plan)
         self._scratch = self._device.allocate(self._scratch_bytes, "scratch")
-        self._check_tensors(tensor_names(self._plan))
+        names = tensor_names(self._plan)
+        widths = tap_widths(self._plan, names)
+        self._taps = PlanTaps(self._device, widths, max(max_batch, self._chunk)) if widths else None
+        self._cache_dtype = "float16" if engine.manifest["precision"] == "fp16" else "bfloat16"
+        self._reads_taps, self.tapped = tapped, dict[str, np.ndarray]()
+        self._check_tensors(names)
         check_types(trt, self._plan)
         self._prefill_context = self._new_context(PREFILL)
         self._decode_steps: dict[int, _DecodeStep] = {}  # by batch size
@@ -150,7 +157,7 @@ class TensorRTBackend:
         self._bind(self._prefill_context, 1, len(tokens), slot)
         nbytes = fill(self._host_inputs, np.array([tokens], np.int64), np.array([start], np.int64))
         self._enqueue(self._prefill_context, nbytes, 1)
-        return self._read(1)[0]
+        return self._read(self._prefill_context, 1)[0]
 
     def decode(self, tokens: list[int], positions: list[int]) -> np.ndarray:
         """Advance slot i by tokens[i] at positions[i]; returns logits [n, V]."""
@@ -162,11 +169,11 @@ class TensorRTBackend:
                 self._enqueue(step.context, nbytes, batch)
             else:
                 self._device.launch(step.graph)
-            return self._read(batch)
+            return self._read(step.context, batch)
         context = self._new_context(DECODE)
         self._bind(context, batch, 1, 0)
         self._enqueue(context, nbytes, batch)  # TensorRT wants a run before a capture
-        logits = self._read(batch)
+        logits = self._read(context, batch)
         graph = None
         if is_capturable(self._trt, context, self._device.stream_address):
             graph = self._device.capture(lambda: self._enqueue(context, nbytes, batch))
@@ -184,9 +191,20 @@ class TensorRTBackend:
             execute(self._trt, context, self._device.stream_address)
         self._device.to_host(self._host_logits, self._logits, batch * self._vocab_size * 4)
 
-    def _read(self, batch: int) -> np.ndarray:
-        """Wait for the logits [B, V] float32; the next step overwrites where they land, so this is a copy."""
+    @property
+    def cache_names(self) -> tuple[str, ...]:
+        """`0.k`, `0.v`, `1.k`, ..."""
+        return self._cache.layout.names
+
+    def cached(self, name: str, slot: int, length: int) -> np.ndarray:
+        """A copy of the keys or values at a slot's first positions, [Hkv, length, Dh] float32; name as in "0.k"."""
+        return cached_rows(self._cache, name, slot, length, self._cache_dtype)
+
+    def _read(self, context: Any, batch: int) -> np.ndarray:
+        """Wait for the logits [B, V] float32, and the taps; the next step overwrites where they land, so this is a copy."""
         self._device.synchronize()
+        if self._taps is not None and self._reads_taps:
+            self.tapped = self._taps.read(context)
         nbytes = batch * self._vocab_size * 4
         return self._host_logits[:nbytes].view(np.float32).reshape(batch, self._vocab_size).copy()
 
@@ -198,12 +216,14 @@ class TensorRTBackend:
 
     def _bind(self, context: Any, batch: int, tokens: int, slot: int) -> None:
         addresses = tensor_addresses(self._inputs, self._logits, self._cache, self._experts, slot, (batch, tokens))
+        if self._taps is not None:
+            addresses |= self._taps.addresses
         bind(context, addresses, input_shapes(self._cache.layout, batch, tokens))
 
     def _check_tensors(self, names: list[str]) -> None:
         """Raise unless every tensor of the plan has an address."""
         known = tensor_addresses(self._inputs, self._logits, self._cache, self._experts, 0, (1, 1))
-        if missing := [name for name in names if name not in known]:
+        if missing := [name for name in names if name not in known and not name.endswith(TAP_OUTPUT)]:
             raise GateworkError("the plan reads tensors that the engine does not hold", got=", ".join(missing[:3]))
 
 

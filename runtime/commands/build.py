@@ -48,7 +48,7 @@ _SETTINGS: tuple[str, ...] = (
     "toolchain",
     "calibration",
 )
-_SETTINGS += ("strip_weights", "plan_only", "timing_cache", "device_memory")
+_SETTINGS += ("strip_weights", "plan_only", "timing_cache", "device_memory", "taps")
 
 
 def add(commands: Commands) -> None:
@@ -96,6 +96,12 @@ def _add_gpu_options(parser: argparse.ArgumentParser) -> None:
     )
     gpu.add_argument(
         "--plan-only", action="store_true", default=None, help="build the plan and leave the experts unpacked"
+    )
+    gpu.add_argument(
+        "--taps",
+        action="store_true",
+        default=None,
+        help="for verification: a plan that gives up what it computes inside its layers (bf16, fp16, int4)",
     )
     gpu.add_argument("--timing-cache", type=Path, metavar="FILE", help="kernel timings to reuse and to add to")
     gpu.add_argument("--device-memory", type=memory_size, metavar="SIZE", help="such as 40GiB (default: the target's)")

@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gatework.plugins.engine_format import graph_taps
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import onnxruntime_version
 from gatework.plugins.moe import cpu_ops
-from gatework.runtime.backends.open import module_of, module_version, open_backend
+from gatework.runtime.backends.open import module_of, module_version, open_backend, shows_inside
 from gatework.runtime.engine import Engine
 from gatework.runtime.verify.bounds import DEFAULT_BOUNDS, Bounds
 from gatework.runtime.verify.findings import Findings
+from gatework.runtime.verify.memory import weights_released
 from gatework.runtime.verify.perplexity import WINDOW
 from gatework.runtime.verify.plan import Plan, make_plan
-from gatework.runtime.verify.record import Recording, tap_names
+from gatework.runtime.verify.record import Recording
 from gatework.runtime.verify.report import VerifyReport
 from gatework.runtime.verify.work import Work, work_folder
 
@@ -81,7 +83,7 @@ def verify(
         bounds = _default_bounds(engine)
         if text is None:  # random tokens say nothing of quality
             bounds = replace(bounds, mean_kl=None, top1=None)
-    plan = make_plan(engine, text, prompts, tokens, window, taps=module_of(engine) == "onnxruntime")
+    plan = make_plan(engine, text, prompts, tokens, window, taps=shows_inside(engine))
     with work_folder(None if work is None else Path(work)) as folder:
         kept = Work(folder, _key(engine, checkpoint, plan, threads))
         done = kept.recording(plan.cases)
@@ -125,8 +127,8 @@ def compare_engines(
             raise GateworkError(f"the engines differ in {name}", got=f"{engine.model[name]} and {other.model[name]}")
     if bounds is None:
         bounds = max(_default_bounds(engine), _default_bounds(other), key=lambda each: each.mean_kl or 0.0)
-    on_ort = all(module_of(each) == "onnxruntime" for each in (engine, other))
-    plan = make_plan(engine, text, prompts, tokens, window, taps=on_ort)
+    taps = shows_inside(engine) and shows_inside(other)
+    plan = make_plan(engine, text, prompts, tokens, window, taps=taps)
     longest = max(case.length for case in plan.cases)
     if longest > other.limits.max_seq:
         expected, fix = f"at least {longest}", "ask for fewer tokens, or for a smaller window"
@@ -193,18 +195,21 @@ def _default_bounds(engine: Engine) -> Bounds:
 
 
 def _format(engine: Engine) -> Format:
-    """The number formats of an engine for ONNX Runtime."""
-    from gatework.export.groups import DEFAULT_GROUPS
+    """The number formats of an engine whose inside is compared."""
+    from gatework.export.groups import DEFAULT_GROUPS, FINE_GROUP, GPU_GROUPS
     from gatework.export.rounding import UNITS, Format
 
-    precision, on_cpu = engine.manifest["precision"], engine.manifest["target"] != "cuda"
+    precision, on_cpu = engine.manifest["precision"], engine.manifest["target"] in ("cpu", "onnx")
+    plan = module_of(engine) != "onnxruntime"
     bits = {"int8": 8, "int4": 4}.get(precision, 0)
     floats = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
     kind = floats.get(precision, "float32" if on_cpu else "bfloat16")
     settings = engine.manifest["inputs"]["settings"]
-    group = settings["group_size"] or DEFAULT_GROUPS.get(precision, 0)
+    group = settings["group_size"] or (GPU_GROUPS if plan else DEFAULT_GROUPS).get(precision, 0)
     wide = cpu_ops.usable_library(onnxruntime_version()) is not None  # our own kernels run
-    return Format(UNITS[kind], bits, group, dynamic=bool(bits) and on_cpu, wide=wide)
+    experts = engine.model["moe"] is not None
+    fine = 0 if plan else FINE_GROUP
+    return Format(UNITS[kind], bits, group, dynamic=bool(bits) and on_cpu, wide=wide, experts=experts, fine_group=fine)
 
 
 def _run(engine: Engine, plan: Plan, recording: Recording, threads: int | None, progress: bool) -> float | None:
@@ -215,14 +220,19 @@ def _run(engine: Engine, plan: Plan, recording: Recording, threads: int | None, 
     tapped = bool(recording.starts)
     first = plan.cases[next(iter(recording.starts), 0)]
     probe = first.ids[: max(min(first.chunk, first.prompt), 1)]
-    if tapped:
+    shipped = None
+    if tapped and module_of(engine) == "onnxruntime":  # a plan gives up its values always, or never
         backend = open_backend(engine, max_batch=1, threads=threads)
-        shipped = np.array(backend.prefill(0, probe, 0))
+        with weights_released(engine.path):
+            shipped = np.array(backend.prefill(0, probe, 0))
         del backend
-    taps = tap_names(engine.model) if tapped else []
+    taps = graph_taps(engine.model) if tapped else []
     backend = open_backend(engine, max_batch=slots, threads=threads, taps=taps)
-    difference = float(np.abs(backend.prefill(0, probe, 0) - shipped).max()) if tapped else None
-    with tqdm(total=plan.rows, unit="tok", desc="engine", disable=not progress, file=sys.stderr) as bar:
+    with (
+        weights_released(engine.path),
+        tqdm(total=plan.rows, unit="tok", desc="engine", disable=not progress, file=sys.stderr) as bar,
+    ):
+        difference = None if shipped is None else float(np.abs(backend.prefill(0, probe, 0) - shipped).max())
         for group in plan.groups:
             recording.run(backend, group, bar.update)
     return difference

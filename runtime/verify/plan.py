@@ -45,7 +45,9 @@ class Plan:
         facts: dict[str, Any] = {
             "prompts": ", ".join(f"{case.name} of {case.prompt}" for case in prompts),
             "windows": f"{len(windows)} of up to {max((case.length for case in windows), default=0)} tokens",
-            "steps": f"of {tapped} tokens" if tapped else "none: a plan shows no values inside",
+            "steps": f"of {tapped} tokens"
+            if tapped
+            else "none: this plan shows no values inside; one built with --taps does",
         }
         reach = engine.model.get("sliding_window")
         if reach is not None and max(case.length for case in self.cases) <= reach:

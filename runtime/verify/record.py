@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gatework.plugins.engine_format import layer_taps
 from gatework.runtime.verify.feed import Case, Fed, feed
 
 if TYPE_CHECKING:
@@ -17,12 +16,6 @@ if TYPE_CHECKING:
     from gatework.runtime.scheduler import Backend
 
 _KINDS = {"k": "key", "v": "value"}
-
-
-def tap_names(model: dict[str, Any]) -> list[str]:
-    """Values of an engine's graph to record, in order of computation; model: `ModelConfig.to_dict()`."""
-    layers = (layer_taps(i, model) for i in range(model["num_layers"]))
-    return ["embedding", *(name for names in layers for name in names)]
 
 
 class Rows:

@@ -27,6 +27,7 @@ from gatework.export.options import BuildOptions
 from gatework.export.sizes import gpu_weight_bytes
 from gatework.export.tensorrt.preflight import Preflight
 from gatework.export.uptodate import is_current
+from gatework.plugins.engine_format import TAP_OUTPUT, graph_taps
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import gpu_capability
 from gatework.plugins.moe.kernels import compile
@@ -48,6 +49,7 @@ MODELS = ["llama2", "mistral", "mixtral", "dbrx"]
 PAIRS = {"bf16": "a100", "int8": "a100", "int4": "a100", "fp8": "ada"}
 STORED = {"bf16": "BF16", "int8": "INT8", "int4": "INT4", "fp8": "FP8"}
 FORMATS: dict[str, Any] = {"bf16": ("dense", 0), "int8": ("int8", 0), "int4": ("int4", 128), "fp8": ("fp8_e4m3", 0)}
+SPARED = {"int4": ("BF16", "INT8"), "fp8": ("BF16", "BF16")}
 COMPILED = {"bf16": "bf16", "int8": "int8", "int4": "bf16", "fp8": "fp8_e4m3"}
 
 
@@ -102,7 +104,10 @@ def test_other_families(tmp_path: Path, model: str, precision: str) -> None:
     assert layers["counts"]["KV_CACHE_UPDATE"] == 4
     every = map(tuple, layers["products"].values())
     *products, head = (pair for pair in every if pair != ("FLOAT", "FLOAT"))  # but for routers
-    assert set(products) == {(STORED["int8" if precision == "int8" else "bf16"], STORED[precision])}
+    expected = {(STORED["int8" if precision == "int8" else "bf16"], STORED[precision])}
+    assert set(products) == (
+        expected | {("BF16", "INT8")} if precision == "int4" else expected
+    )  # attention beside experts
     assert head == {"int8": ("INT8", "INT8"), "bf16": ("BF16", "BF16"), "int4": ("BF16", "INT8")}[precision]
     config = Checkpoint.open(path).config
     group = 128 if precision == "int4" else 0
@@ -147,16 +152,18 @@ def test_every_product_is_stored_in_the_precision_asked_for(engine: Path) -> Non
     # q, k, v and o; then gate, up and down of a dense layer, gate and up as one product; the head
     assert len(others) == layers * (4 if model["moe"] else 6) + 1
     activations = {"bf16": "BF16", "int4": "BF16"}.get(precision, STORED[precision])
-    head = ["BF16", "INT8"] if precision == "int4" else [activations, STORED[precision]]
-    assert others[-1] == head
-    assert Counter(map(tuple, others[:-1])) == {(activations, STORED[precision]): len(others) - 1}
+    spared = SPARED.get(precision, (activations, STORED[precision]))  # the head, and attention beside experts
+    assert tuple(others[-1]) == spared
+    rest = spared if model["moe"] else (activations, STORED[precision])
+    assert Counter(map(tuple, others[:-1])) == {rest: len(others) - 1}
 
 
 def test_no_product_was_compiled_to_anything_wider(engine: Path) -> None:
     manifest = manifest_of(engine)
-    kind = COMPILED[manifest["precision"]]
-    routers = {("float", "float")} if manifest["model"]["moe"] else set()
-    assert set(compiled_products(engine / "model.plan")) == {(kind, kind)} | routers
+    moe, precision = manifest["model"]["moe"] is not None, manifest["precision"]
+    kinds = {COMPILED[precision]} if precision != "fp8" else {"bf16"} if moe else {"bf16", COMPILED[precision]}
+    kinds |= {"float"} if moe else set()
+    assert set(compiled_products(engine / "model.plan")) == {(kind, kind) for kind in kinds}
 
 
 def test_experts_lie_beside_the_plan_in_the_operators_formats(engine: Path, checkpoint: Path) -> None:
@@ -267,9 +274,37 @@ def test_plan_only_leaves_the_experts_out(mixtral: Path) -> None:
     assert found[0].experts > 0
 
 
+@pytest.mark.parametrize(("model", "precision"), [("mixtral", "int4"), ("llama2", "bf16")])
+def test_a_plan_with_taps_gives_them(tmp_path: Path, model: str, precision: str) -> None:
+    """TensorRT compiles a plan whose outputs are what verification compares, in float32, with the widths of the model."""
+    settings = {"target": "a100", "precision": precision, "plan_only": True, "max_seq": 32, "taps": True}
+    engine = build_engine(make_checkpoint(tmp_path, model), tmp_path / "engine", **settings)
+    outputs = {
+        name: (dtype, shape) for name, dtype, shape in json.loads((engine / "layers.json").read_text())["outputs"]
+    }
+    config = manifest_of(engine)["model"]
+    taps = {name: outputs.pop(name + TAP_OUTPUT) for name in graph_taps(config)}
+    assert {dtype for dtype, _ in taps.values()} == {"FLOAT"}
+    D, context = config["hidden_size"], config["num_heads"] * config["head_dim"]
+    E = config["moe"]["num_experts"] if config["moe"] else 0
+    widths = {"context": context, "router": E}
+    assert {name: shape[-1] for name, (_, shape) in taps.items()} == {
+        name: widths.get(name.rpartition(".")[2], D) for name in taps
+    }
+    caches = {f"present.{i}.{kind}" for i in range(config["num_layers"]) for kind in "kv"}
+    assert outputs.keys() == {"logits", *caches}
+    counts = json.loads((engine / "layers.json").read_text())["counts"]
+    assert counts["ATTENTION_INPUT"] == config["num_layers"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"target": "a100", "precision": "int8", "taps": True},
+            "with static scales shows nothing inside; got int8; expected bf16 or fp16 or int4",
+        ),
+        ({"target": "cpu", "precision": "int8", "taps": True}, "taps is for TensorRT targets"),
         ({"target": "a100", "precision": "fp8"}, r"got a100 fp8; expected .*ada: bf16\|fp16\|fp8"),
         (
             {"target": "h100", "precision": "fp8"},

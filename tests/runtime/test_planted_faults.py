@@ -277,7 +277,7 @@ FAULTS: dict[str, Fault] = {
     "router scaled by 1 %": Fault("mixtral", "graph", attribute("layers.1.router", alpha=1.01), 1, "router", "scaled by 1.01", "int8"),
     "norm epsilon in int8": Fault("mixtral", "graph", attribute("layers.0.residual", epsilon=1e-2), 0, "router", "", "int8"),
     # weights
-    "int4 nibbles exchanged": Fault("mixtral", "weights", on_codes("layers.1.attn.o.weight.codes", other_nibble), 1, "attention", "", "int4"),
+    "int4 nibbles exchanged": Fault("llama2", "weights", on_codes("layers.1.attn.o.weight.codes", other_nibble), 1, "attention", "", "int4"),
     "int4 zero point": Fault("mixtral", "weights", on_codes("layers.2.moe.w_out.codes", zero_point_late), 2, "experts", "", "int4"),
     "int8 scales along the wrong axis": Fault("mixtral", "weights", on_codes("layers.0.attn.o.weight.scales", other_axis), 0, "attention", "", "int8"),
     "int8 scales of the next group": Fault("mixtral", "weights", on_codes("layers.1.moe.w_in.scales", lambda s: s.roll(1, -2)), 1, "experts", "", "int8"),

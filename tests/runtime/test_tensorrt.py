@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,6 +26,7 @@ from gatework.export.tensorrt.scales import load_scales
 from gatework.runtime.backends import tensorrt
 from gatework.runtime.backends.experts import Place, chunks, read_places, span
 from gatework.runtime.backends.kv import ALIGNMENT, HostCache, cache_names
+from gatework.runtime.backends.plan_taps import PlanTaps
 from gatework.runtime.backends.tensorrt import (
     TensorRTBackend,
     buffers,
@@ -184,6 +186,7 @@ def test_what_cannot_be_captured_runs_uncaptured(
     offered = {} if capturable is None else {"is_stream_capturable": lambda stream: capturable}
     settings = {"_device": device, "_decode_steps": {}, "_vocab_size": 3, "max_seq": 9, "_inputs": 0, "_logits": 0}
     settings |= {"_trt": SimpleNamespace(IExecutionContext=SimpleNamespace(**offered)), "_creator": MoECreatorStub()}
+    settings |= {"_taps": None}
     settings |= {"_host_inputs": np.zeros(4096, np.uint8), "_host_logits": np.zeros(4096, np.uint8)}
     for name, value in settings.items():
         monkeypatch.setattr(backend, name, value, raising=False)
@@ -193,6 +196,40 @@ def test_what_cannot_be_captured_runs_uncaptured(
     for position in range(3):
         assert backend.decode([1, 2], [position, position]).shape == (2, 3)
     assert device.done == ["run", *(["capture"] if later == "launch" else []), later, later]
+
+
+class HostDevice:
+    """Memory of the host that plays the device's."""
+
+    def __init__(self) -> None:
+        self.blocks: list[np.ndarray] = []
+
+    def allocate(self, nbytes: int, what: str) -> int:
+        self.blocks.append(np.zeros(nbytes, np.uint8))
+        return self.blocks[-1].ctypes.data
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        return np.zeros(nbytes, np.uint8)
+
+    def to_host(self, target: np.ndarray, source: int, nbytes: int) -> None:
+        ctypes.memmove(target.ctypes.data, source, nbytes)
+
+    def synchronize(self) -> None:
+        """Nothing is queued."""
+
+
+def test_taps_come_in_the_shapes_that_the_context_knows() -> None:
+    device: Any = HostDevice()
+    taps = PlanTaps(device, {"embedding.float32": 5, "layers.0.router.float32": 3}, rows=4)
+    shapes = {"embedding.float32": (1, 4, 5), "layers.0.router.float32": (2, 3)}
+    values = {name: np.random.default_rng(0).random(shape, np.float32) for name, shape in shapes.items()}
+    for name, array in values.items():
+        assert taps.addresses[name] % 4 == 0
+        ctypes.memmove(taps.addresses[name], array.ctypes.data, array.nbytes)
+    found = taps.read(SimpleNamespace(get_tensor_shape=shapes.__getitem__))
+    assert found.keys() == {"embedding", "layers.0.router"}
+    for name, array in values.items():
+        np.testing.assert_array_equal(found[name.removesuffix(".float32")], array)
 
 
 class MoECreatorStub:
