@@ -3,7 +3,7 @@
     python -m benchmarks.sparse_checkpoint mixtral-8x7b build/bench/sparse-mixtral
 
 For measuring builds at full size. The configs are those of the public releases; no weights are. grok-1 has the names and shapes
-of hpcai-tech's port, whose files are torch's and not safetensors; grok-1-ckpt is xAI's own ckpt-0, 770 files.
+of hpcai-tech's port, whose files are torch's and not safetensors; grok-1-ckpt is xAI's own ckpt-0, 770 files, 9 MB.
 
 gpt-4-rumour is made up, for stress: it has the numbers of parameters that rumours give; no such model is known to exist.
 

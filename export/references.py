@@ -97,7 +97,8 @@ class _Build:
         assert value.name is not None and value.dtype is not None
         (first, *others), stored = weight.pieces, next(iter(tensors.values()))
         clear_pack(value)
-        plain = not others and not first.transpose and not first.rope_heads and isinstance(stored, StoredTensor)
+        moved = first.transpose or first.rope_heads or first.interleaved
+        plain = not others and not moved and isinstance(stored, StoredTensor)
         if plain and _TYPES[stored.dtype] == value.dtype:
             assert isinstance(stored, StoredTensor)
             value.const_value = self.bytes_of(
@@ -113,18 +114,25 @@ class _Build:
         replace(value, made)
 
     def piece(self, piece: Piece, stored: Stored) -> ir.Value:
-        """The piece's rows, [rows, columns] or [rows]."""
+        """The piece's rows, [rows, columns] or [rows]; its steps are those of `read_piece`."""
         made = self.rows(piece.name, stored, *(piece.rows or (0, piece.shape[0])))
-        rows, columns = (*static_shape(made), 1)[:2]
         if piece.transpose:
-            return self.op("Transpose", made, shape=(columns, rows), perm=[1, 0])
-        if piece.rope_heads:  # as `read_piece` reorders them
-            pairs = (piece.rope_heads, rows // piece.rope_heads // 2, 2, columns)
-            made = self.op("Reshape", made, self.shape(pairs), shape=pairs)
-            halves = (pairs[0], 2, pairs[1], columns)
-            made = self.op("Transpose", made, shape=halves, perm=[0, 2, 1, 3])
-            made = self.op("Reshape", made, self.shape((rows, columns)), shape=(rows, columns))
+            rows, columns = static_shape(made)
+            made = self.op("Transpose", made, shape=(columns, rows), perm=[1, 0])
+        rows, columns = (*static_shape(made), 1)[:2]
+        if piece.rope_heads:
+            made = self.regrouped(made, (piece.rope_heads, rows // piece.rope_heads // 2, 2, columns), [0, 2, 1, 3])
+        if piece.interleaved and len(piece.shape) == 3:
+            made = self.regrouped(made, (rows // 2, 2, columns), [1, 0, 2])
+        elif piece.interleaved:
+            made = self.regrouped(made, (rows, columns // 2, 2), [0, 2, 1])
         return made
+
+    def regrouped(self, x: ir.Value, parts: tuple[int, ...], order: list[int]) -> ir.Value:
+        """The elements of x seen in so many axes, those axes put in another order, and the shape of x again."""
+        split = self.op("Reshape", x, self.shape(parts), shape=parts)
+        turned = self.op("Transpose", split, shape=tuple(parts[axis] for axis in order), perm=order)
+        return self.op("Reshape", turned, self.shape(static_shape(x)), shape=static_shape(x))
 
     def rows(self, name: str, stored: Stored, first: int, last: int) -> ir.Value:
         """Rows first to last of a stored tensor; leading axes count as one."""

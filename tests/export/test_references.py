@@ -32,6 +32,7 @@ from tests.checkpoints import TABLE, make_checkpoint
 from tests.formats import convert
 from tests.golden.grok1 import weights as grok1
 from tests.golden.openmoe import weights as openmoe
+from tests.mxfp4_format import write_release
 from tests.originals import ORIGINALS
 from tests.t5x_format import write_t5x
 
@@ -124,6 +125,15 @@ def test_compressed_files_are_copied(tmp_path: Path) -> None:
     found = check_weights(write_t5x(tmp_path / "t5x", *openmoe.make(num_layers=2)))
     assert found.written.keys() == {"its file holds it in pieces or compressed"}
     assert found.nbytes == 0
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["mxfp4", "bfloat16"])
+def test_experts_of_gpt_oss(tmp_path: Path, packed: bool) -> None:
+    """Experts stored (in, out) with gate and up in turn are put in order; blocks of 4 bits are unpacked into copies."""
+    released, floats = write_release(tmp_path)
+    found = check_weights(released if packed else floats)
+    assert all(".moe." in name for names in found.written.values() for name in names)
+    assert bool(found.written) == packed
 
 
 @pytest.mark.parametrize("model", ["mixtral", "grok1", "ckpt-0"])
