@@ -97,7 +97,8 @@ class _Build:
         assert value.name is not None and value.dtype is not None
         (first, *others), stored = weight.pieces, next(iter(tensors.values()))
         clear_pack(value)
-        plain = not others and not first.transpose and not first.rope_heads and isinstance(stored, StoredTensor)
+        moved = first.transpose or first.rope_heads or first.interleaved
+        plain = not others and not moved and isinstance(stored, StoredTensor)
         if plain and _TYPES[stored.dtype] == value.dtype:
             assert isinstance(stored, StoredTensor)
             value.const_value = self.bytes_of(
@@ -117,7 +118,10 @@ class _Build:
         made = self.rows(piece.name, stored, *(piece.rows or (0, piece.shape[0])))
         rows, columns = (*static_shape(made), 1)[:2]
         if piece.transpose:
-            return self.op("Transpose", made, shape=(columns, rows), perm=[1, 0])
+            made = self.op("Transpose", made, shape=(columns, rows), perm=[1, 0])
+            return self.sorted(made, axis=0) if piece.interleaved else made
+        if piece.interleaved:
+            return self.sorted(made, axis=0 if len(piece.shape) == 3 else 1)
         if piece.rope_heads:  # as `read_piece` reorders them
             pairs = (piece.rope_heads, rows // piece.rope_heads // 2, 2, columns)
             made = self.op("Reshape", made, self.shape(pairs), shape=pairs)
@@ -125,6 +129,15 @@ class _Build:
             made = self.op("Transpose", made, shape=halves, perm=[0, 2, 1, 3])
             made = self.op("Reshape", made, self.shape((rows, columns)), shape=(rows, columns))
         return made
+
+    def sorted(self, matrix: ir.Value, axis: int) -> ir.Value:
+        """[rows, columns] with what alternates along the axis put one half after the other."""
+        whole = static_shape(matrix)
+        pairs = (*whole[:axis], whole[axis] // 2, 2, *whole[axis + 1 :])
+        order = [axis + 1 if place == axis else axis if place == axis + 1 else place for place in range(3)]
+        made = self.op("Reshape", matrix, self.shape(pairs), shape=pairs)
+        made = self.op("Transpose", made, shape=tuple(pairs[place] for place in order), perm=order)
+        return self.op("Reshape", made, self.shape(whole), shape=whole)
 
     def rows(self, name: str, stored: Stored, first: int, last: int) -> ir.Value:
         """Rows first to last of a stored tensor; leading axes count as one."""
