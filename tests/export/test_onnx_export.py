@@ -15,10 +15,11 @@ import torch
 from safetensors import safe_open
 
 from gatework.export.build import export_onnx
+from gatework.export.checkpoint import Checkpoint
 from gatework.plugins.errors import GateworkError
 from tests.checkpoints import make_checkpoint, reference_model
 
-MODELS = ["llama2", "mistral", "mixtral", "dbrx"]
+MODELS = ["llama2", "mistral", "mixtral", "dbrx", "gpt-oss"]
 
 # Runs in a process of its own: prefill of two rows, then one decoded token, with only the runtime named on the command line.
 STRANGER = """
@@ -75,7 +76,8 @@ def test_interface(exported: tuple[Path, Path]) -> None:
         return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
 
     inputs, outputs = shapes(list(graph.input)), shapes(list(graph.output))
-    cache = {f"{i}.{x}": ["batch", 2, 32, 16] for i in range(2) for x in "kv"}
+    width = Checkpoint.open(exported[0]).config.head_dim
+    cache = {f"{i}.{x}": ["batch", 2, 32, width] for i in range(2) for x in "kv"}
     steps = {"input_ids": ["batch", "seq"], "position_ids": ["batch", "seq"], "write_indices": ["batch"]}
     assert inputs == steps | {f"past.{name}": shape for name, shape in cache.items()}
     assert outputs == {"logits": ["batch", "seq", 128]} | {f"present.{name}": shape for name, shape in cache.items()}
@@ -107,7 +109,6 @@ def test_weights_are_external_and_canonical(exported: tuple[Path, Path]) -> None
             names = {name for name in stored.keys() if not name.startswith("__pad")}  # noqa: SIM118 - not a dict
         assert names == {name for name, entry in external.items() if entry["location"] == file}
     loaded = {t.name: onnx.numpy_helper.to_array(t, str(folder)) for t in graph.initializer if t.name in external}
-    from gatework.export.checkpoint import Checkpoint
 
     weights = Checkpoint.open(checkpoint)
     for name in weights.weights:
