@@ -155,7 +155,9 @@ def compare_engines(
 
 def _key(engine: Engine, checkpoint: Checkpoint, plan: Plan, threads: int | None) -> dict[str, Any]:
     """What a verification's results depend on."""
-    cases = [(case.name, case.ids, case.prompt, case.chunk, case.length, case.tapped) for case in plan.cases]
+    cases = [
+        (case.name, case.ids, case.prompt, case.chunk, case.length, case.tapped, case.source) for case in plan.cases
+    ]
     fingerprint = checkpoint.fingerprint()
     return {
         "engine": engine.manifest,
