@@ -26,6 +26,7 @@ STAGES = "stages"  # field of a staged engine's manifest: layers [first, end) an
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    "spiece.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

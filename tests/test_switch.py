@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from gatework import LLM, SamplingParams
 from gatework.export.build import build_engine, export_onnx
@@ -21,10 +22,12 @@ from gatework.export.reference import load_decoder, load_encoder
 from gatework.export.sizes import weight_bytes
 from gatework.plugins.errors import GateworkError
 from gatework.runtime.backends.ort import OrtBackend
+from gatework.runtime.cli import main
 from gatework.runtime.engine import Engine
 from gatework.runtime.verify import verify
 from tests.switch import Oracle, make_switch
 from tests.test_quantized_parity import ROUNDED, round_weights
+from tests.tiny_tokenizers import make_t5
 
 RELATIVE = 1e-5  # float32, as in test_parity
 PROMPTS = [np.random.default_rng(n).integers(2, 128, n).tolist() for n in (21, 5, 1, 31, 9, 17)]
@@ -32,9 +35,9 @@ PROMPTS = [np.random.default_rng(n).integers(2, 128, n).tolist() for n in (21, 5
 
 @pytest.mark.parametrize("target", ["cpu", "onnx"])
 @torch.inference_mode()
-def test_engine_equals_transformers(tmp_path: Path, target: str) -> None:
-    """Six prompts in three slots, so that rows join, leave and move; then logits along targets, row by row and together."""
-    path = make_switch(tmp_path)
+def test_engine_equals_transformers(tmp_path: Path, target: str, capsys: pytest.CaptureFixture) -> None:
+    """Six prompts in three slots, so that rows join, leave and move; logits along targets, row by row and together; text."""
+    path = make_t5(make_switch(tmp_path, vocab_size=320))
     if target == "cpu":
         engine = build_engine(path, tmp_path / "engine", precision="fp32", max_seq=32, max_batch=3)
     else:
@@ -61,6 +64,12 @@ def test_engine_equals_transformers(tmp_path: Path, target: str) -> None:
         rows = backend.decode(targets[:, at].tolist(), [at, at])
         for row in range(2):
             assert_close(rows[row], want[row][at])
+
+    capsys.readouterr()
+    text, tokenizer = "The wrapped <extra_id_0> of lines.", AutoTokenizer.from_pretrained(path)
+    assert main(["generate", str(engine), "--prompt", text, "--max-tokens", "12"]) == 0
+    tokens = oracle.greedy(tokenizer(text)["input_ids"], 12)
+    assert capsys.readouterr().out == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
 
 
 def assert_close(got: np.ndarray, want: np.ndarray) -> None:

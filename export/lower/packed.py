@@ -67,7 +67,7 @@ def to_packed_matmul(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Mode
             "K": K,
             "bits": width,
             "group_size": size,
-            "wide": int(width == WIDE_BITS and (name == _HEAD or ".attn." in name)),
+            "wide": int(width == WIDE_BITS and (name == _HEAD or ".attn." in name or ".cross." in name)),
         }
         (y,) = Builder(model.graph, node).op(cpu_ops.MATMUL, node.inputs[0], *packed, domain=DOMAIN, **settings)
         replace(node.outputs[0], y)
