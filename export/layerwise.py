@@ -362,8 +362,8 @@ def _read(layer: Layer, q: Tensor, k: Tensor, v: Tensor, run: _Run, bias: Relati
     """Attention of every sequence to itself, [1, n, H * Dh]."""
     parts = []
     for a, b in run.spans:
-        what = {"window": layer.attn.window, "relative_bias": bias}
-        mask = attention_mask(layer.attn.config, torch.arange(b - a)[None], b - a, **what)
+        positions, window = torch.arange(b - a)[None], layer.attn.window
+        mask = attention_mask(layer.attn.config, positions, b - a, window=window, relative_bias=bias)
         parts.append(layer.attn.read(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], mask))
     return torch.cat(parts, dim=1)
 

@@ -81,6 +81,10 @@ def verify(
         bounds = _default_bounds(engine)
         if text is None:  # random tokens say nothing of quality
             bounds = replace(bounds, mean_kl=None, top1=None)
+    judged = bounds if text is not None else replace(bounds, perplexity=None)
+    if engine.model.get("encoder_layers") and judged == Bounds():
+        got, fix = f"{engine.manifest['precision']}, no text, logits alone", "give --text, or bounds of your own"
+        raise GateworkError("nothing of this engine could be judged", got=got, fix=fix)
     plan = make_plan(engine, text, prompts, tokens, window, taps=module_of(engine) == "onnxruntime")
     with work_folder(None if work is None else Path(work)) as folder:
         kept = Work(folder, _key(engine, checkpoint, plan, threads))
