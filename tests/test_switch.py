@@ -103,14 +103,21 @@ def test_verification_passes(tmp_path: Path, precision: str) -> None:
     for bias, kept in zip(biases, tables, strict=True):
         bias.weight.data = kept  # type: ignore[union-attr]
 
-    prompt, targets = torch.tensor([PROMPTS[0]]), torch.randint(0, 128, (1, 16))
-    lengths, positions = torch.tensor([prompt.shape[1]]), torch.arange(16)[None]
-    cross = encoder(prompt, lengths)
-    want, *_ = decoder(targets, positions, positions[:, 0], decoder.empty_cache(1), cross=cross, source_lengths=lengths)
+    prompt, lengths = torch.tensor([PROMPTS[0]]), torch.tensor([len(PROMPTS[0])])
     backend = OrtBackend(Engine.open(engine), max_batch=1)
     backend.encode(0, PROMPTS[0])
-    got = np.stack([backend.decode([token], [at])[0].copy() for at, token in enumerate(targets[0].tolist())])
-    errors = np.abs(got - want[0].numpy()).max(1) / want.abs().max().item()
+    assert backend._source is not None
+    cross = [torch.from_numpy(kept[:, :, : len(PROMPTS[0])].copy()) for kept in backend._source._values.values()]
+    for got, want in zip(cross, encoder(prompt, lengths), strict=True):  # of some tokens a router flips
+        assert ((got - want).norm(dim=(1, 3)) / want.norm(dim=(1, 3))).median() <= ROUNDED
+
+    targets = torch.randint(0, 128, (1, 16), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(16)[None]
+    logits, *_ = decoder(
+        targets, positions, positions[:, 0], decoder.empty_cache(1), cross=cross, source_lengths=lengths
+    )
+    rows = np.stack([backend.decode([token], [at])[0].copy() for at, token in enumerate(targets[0].tolist())])
+    errors = np.abs(rows - logits[0].numpy()).max(1) / logits.abs().max().item()
     assert np.median(errors) <= ROUNDED, errors
 
 
