@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import onnxruntime
@@ -27,11 +28,14 @@ from gatework.runtime.formatting import table
 from gatework.runtime.verify import VerifyReport, verify
 from gatework.runtime.verify.html import to_html
 from tests.checkpoints import MODELS, make_checkpoint
+from tests.switch import make_switch
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-mixtral"
 QWEN = TINY.parents[1] / "tests" / "golden" / "qwen"  # transformers has no such class to draw random ones from
+SWITCH = "switch"  # whose logits alone are compared: random weights in 8 bits would say nothing
 FOLDERS = {folder.name: folder for folder in (TINY, QWEN)}
-REFUSED = {("mpt", "cuda"), ("mpt-clip", "cuda"), ("qwen", "cuda"), ("gpt-oss", "cuda")}
+ALL = [*FOLDERS, *MODELS, SWITCH]
+REFUSED = {("mpt", "cuda"), ("mpt-clip", "cuda"), ("qwen", "cuda"), ("gpt-oss", "cuda"), (SWITCH, "cuda")}
 PRECISIONS = {"cpu": ("fp32", "int8", "int4"), "onnx": ("fp32",), "cuda": ("fp32", "bf16", "fp16", "int8", "int4")}
 
 
@@ -52,7 +56,7 @@ class Cell:
         """Count an engine."""
         self.engines += 1
         self.failed += not report.passed
-        self.share = max(self.share, *(stage.share for stage in report.stages))
+        self.share = max([self.share, *(stage.share for stage in report.stages)])
         self.values += sum(stage.compared for stage in report.stages)
         self.kl = max(self.kl, report.quality["kl"]["mean"] if report.quality["kl"] else float("inf"))
 
@@ -61,14 +65,14 @@ def main() -> int:
     here = ["cpu", "onnx"] + ["cuda"] * ("CUDAExecutionProvider" in onnxruntime.get_available_providers())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="random checkpoints of each family (default: 1)")
-    parser.add_argument("--models", nargs="+", default=[*FOLDERS, *MODELS], choices=[*FOLDERS, *MODELS])
+    parser.add_argument("--models", nargs="+", default=ALL, choices=ALL)
     parser.add_argument(
         "--targets", nargs="+", default=here, choices=list(PRECISIONS), help=f"default: {' '.join(here)}"
     )
     parser.add_argument("--pages", type=Path, metavar="DIR", help="folder for a page per engine")
     args = parser.parse_args()
     pairs = [(m, target) for m in args.models for target in args.targets if (m, target) not in REFUSED]
-    cells = [Cell(m, target, p) for m, target in pairs for p in PRECISIONS[target]]
+    cells = [Cell(m, target, p) for m, target in pairs for p in PRECISIONS[target] if m != SWITCH or p == "fp32"]
     for cell in tqdm(cells, unit="cell", disable=not sys.stderr.isatty()):
         for seed, checkpoint in enumerate(_checkpoints(cell.model, args.seeds)):
             report = _judge(cell, checkpoint)
@@ -97,7 +101,8 @@ def _checkpoints(model: str, seeds: int) -> Iterator[Path]:
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
             with contextlib.redirect_stderr(io.StringIO()):  # transformers' own progress bars
-                checkpoint = make_checkpoint(Path(folder), model, seed)
+                make = make_switch if model == SWITCH else partial(make_checkpoint, model=model)
+                checkpoint = make(Path(folder), seed=seed)
             yield checkpoint
 
 

@@ -19,7 +19,7 @@ from gatework.export.lower import CUDA_DTYPES, lower_to_cpu, lower_to_cuda
 from gatework.export.lower.experts import moe_nodes
 from gatework.export.lower.packed import to_contrib
 from gatework.export.materialize import write_model
-from gatework.export.onnx_export import add_function_body, trace
+from gatework.export.onnx_export import add_function_body, trace, trace_encoder
 from gatework.export.options import BuildOptions
 from gatework.export.references import References, refer
 from gatework.export.sharing import plain_files, share
@@ -132,6 +132,8 @@ def _write_graph(
     config, precision = checkpoint.config.within(options.max_seq), options.precision
     dtype: Dtype = CUDA_DTYPES[precision] if options.target == "cuda" else "float32"  # type: ignore[index]
     model = trace(config, options.max_seq, dtype=dtype)
+    if config.encoder_layers:
+        return _write_lowered(model, config, checkpoint, directory, options, progress, trace_encoder(config))
     if options.stages == 1:
         return _write_lowered(model, config, checkpoint, directory, options, progress)
     files: list[str] = []
@@ -156,14 +158,17 @@ def _write_lowered(
     directory: Path,
     options: BuildOptions,
     progress: bool,
+    encoder: ir.Model | None = None,
 ) -> tuple[list[str], dict[str, Any]]:
-    """Lower a canonical graph, in place, and write it with its weights."""
+    """Lower a canonical graph, and its encoder's, in place, and write them with their weights."""
     lower = lower_to_cuda if options.target == "cuda" else lower_to_cpu
-    model = lower(model, config, options.precision, options.group)  # type: ignore[arg-type]
-    if any(node.op_type == OP_TYPE for node in moe_nodes(model)):
-        add_function_body(model)
-    names, facts = write_model(model, checkpoint, directory, progress=progress), weight_facts(model, config)
-    model, packed = to_contrib(model)
+    for graph in (model, *([encoder] if encoder is not None else [])):
+        lower(graph, config, options.precision, options.group)  # type: ignore[arg-type]
+        if any(node.op_type == OP_TYPE for node in moe_nodes(graph)):
+            add_function_body(graph)
+    names = write_model(model, checkpoint, directory, encoder=encoder, progress=progress)
+    facts = weight_facts(model, config, encoder)
+    model, packed = to_contrib(model) if encoder is None else (model, False)
     if packed:  # the same for machines without the kernels' library
         ir.save(model, directory / engine_format.FALLBACK)
         names.append(engine_format.FALLBACK)
@@ -201,6 +206,11 @@ def export_onnx(
     if golden is not None:
         require_polygraphy(golden)
     checkpoint = Checkpoint.open(source)
+    if golden is not None and checkpoint.config.encoder_layers:
+        raise GateworkError("golden files are for models without an encoder", fix="leave --golden out")
+    if checkpoint.config.encoder_layers and (link or out is None):
+        what, fix = "graphs of a model with an encoder hold weights of their own", "use --out DIR without --link"
+        raise GateworkError(what, got="--link, or the checkpoint's own folder", fix=fix)
     options = BuildOptions(target="cpu", precision="fp32", max_seq=max_seq).fitted_to(checkpoint.config)
     assert options.max_seq is not None
     if out is None:
@@ -211,13 +221,15 @@ def export_onnx(
     )
     with place as directory:
         model = trace(checkpoint.config, options.max_seq, dtype=dtype, all_logits=all_logits)
-        add_function_body(model)
-        facts = weight_facts(model, checkpoint.config)
+        encoder = trace_encoder(checkpoint.config, dtype=dtype) if checkpoint.config.encoder_layers else None
+        for graph in (model, *([encoder] if encoder is not None else [])):
+            add_function_body(graph)
+        facts = weight_facts(model, checkpoint.config, encoder)
         shared = _refer(model, checkpoint, None if out is None else directory) if link or out is None else None
         if out is None:
             write_model(model, checkpoint, directory, files=engine_format.IN_PLACE[:2], progress=progress)
         else:
-            names = write_model(model, checkpoint, directory, progress=progress)
+            names = write_model(model, checkpoint, directory, encoder=encoder, progress=progress)
             precision = _PRECISIONS[dtype]
             finish_engine(
                 directory,

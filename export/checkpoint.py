@@ -253,8 +253,9 @@ def and_more(names: list[str]) -> str:
 
 
 def is_harmless(name: str, weights: WeightMap) -> bool:
-    """Tables that the decoder computes itself, and the copy of a tied embedding that some files keep."""
-    tied = "lm_head.weight" not in weights and name in ("lm_head.weight", "output.weight")
+    """Tables that the decoder computes itself, and the copies of a shared embedding that some files keep."""
+    copies = ("lm_head.weight", "output.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    tied = "lm_head.weight" not in weights and name in copies
     return tied or name.endswith("rotary_emb.inv_freq") or name == "rope.freqs"
 
 

@@ -13,7 +13,7 @@ from gatework.plugins.moe.spec import GLU_MATRICES, Activation, Glu
 MAX_SIZE = 1 << 24  # of any dimension: 64 times the largest vocabulary, more than the longest context
 MAX_LAYERS = 1_000
 MAX_GATE = 1e4
-MAX_EXPERTS = 50_000  # over all layers: a weight map is made before any tensor is looked at
+MAX_EXPERTS = 65_536  # over all layers: a weight map is made before any tensor is looked at
 
 Norm = Literal["rms", "layer"]
 QKNorm = Literal["head", "width"]
@@ -66,7 +66,7 @@ class MoEConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer, described by its features and never by its name.
+    """A transformer decoder, and the encoder before it where there is one, described by features and never by name.
 
     Letters: V vocab_size, D hidden_size, H num_heads, Hkv num_kv_heads, Dh head_dim, I intermediate_size.
     `family` names the entry of `gatework.export.families.FAMILIES` that the checkpoint was read with; nothing branches on it.
@@ -93,6 +93,10 @@ class ModelConfig:
     ntk_length: int | None = None  # prompts longer than this rotate by a larger base (dynamic NTK)
     logn_length: int | None = None  # queries beyond it are multiplied by the logarithm of their position, to this base
     alibi_bias_max: float | None = None  # ALiBi in the place of rotation: the last head's slope is 2^-max
+    relative_buckets: int | None = (
+        None  # in the place of rotation a bias of scores, learned by bucket of distances (T5)
+    )
+    relative_distance: int = 128  # from which on all distances fall into the last bucket
     qkv_clip: float | None = None  # clamp q, k and v to [-c, c], after qk_norm "width" and before "head"
     bias: Bias | None = None  # of q, k and v; of all of attention's products; of all products and norms, and the head's
     parallel: bool = False  # attention and feed-forward layer read one norm, and both are added to what came before it
@@ -108,7 +112,10 @@ class ModelConfig:
     moe_interval: int = 1  # n: every n-th layer has experts, the last of each n; the others are dense
     expert_capacity: float = 0.0  # factor of the choices that an expert serves in one step; 0: none is dropped
     min_expert_capacity: int = 0
+    sequence_capacity: int = 0  # tokens of one sequence that an expert serves in one step; 0: none is dropped
     extra_mlp: bool = False  # after the experts of a layer: a dense feed-forward part with a norm of its own
+    encoder_layers: int = 0  # before the decoder, whose layers attend to the encoder's output as well; 0: no encoder
+    start_token_id: int | None = None  # what the decoder of an encoder-decoder model begins with
     dtype: Dtype = "float32"  # of the stored weights
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -132,8 +139,9 @@ class ModelConfig:
             if value > MAX_SIZE:
                 raise GateworkError(f"{name} is too large", got=value, expected=f"at most {MAX_SIZE}")
         experts = 1 if self.moe is None else self.moe.num_experts
-        if self.num_layers > MAX_LAYERS or self.num_layers * experts > MAX_EXPERTS:
-            got = f"{self.num_layers} layers of {experts} experts" if self.moe else f"{self.num_layers} layers"
+        layers = self.num_layers + self._checked_encoder()
+        if layers > MAX_LAYERS or layers * experts > MAX_EXPERTS:
+            got = f"{layers} layers of {experts} experts" if self.moe else f"{layers} layers"
             expected = f"at most {MAX_LAYERS} layers and {MAX_EXPERTS} experts in all"
             raise GateworkError("the model is too large", got=got, expected=expected)
         if self.num_heads % self.num_kv_heads:
@@ -164,12 +172,31 @@ class ModelConfig:
         if self.rope_dim is not None and (self.rope_dim % 2 or not 2 <= self.rope_dim <= self.head_dim):
             expected = f"an even number up to head_dim={self.head_dim}"
             raise GateworkError("rope_dim is out of range", got=self.rope_dim, expected=expected)
-        if self.alibi_bias_max is not None:
-            if not (math.isfinite(self.alibi_bias_max) and self.alibi_bias_max > 0):
-                raise GateworkError("alibi_bias_max is not a positive number", got=self.alibi_bias_max)
-            for name in ("rope_dim", "ntk_length", "yarn"):
+        if self.alibi_bias_max is not None and not (math.isfinite(self.alibi_bias_max) and self.alibi_bias_max > 0):
+            raise GateworkError("alibi_bias_max is not a positive number", got=self.alibi_bias_max)
+        if self.relative_buckets is not None:
+            least, most = 4, MAX_SIZE
+            if not (type(self.relative_buckets) is int and least <= self.relative_buckets <= most):
+                expected = f"{least} to {most}, or none"
+                raise GateworkError(
+                    "relative_buckets is out of range", got=repr(self.relative_buckets), expected=expected
+                )
+            least = self.relative_buckets // 2 + 1
+            if not (type(self.relative_distance) is int and least <= self.relative_distance <= most):
+                expected = f"{least} to {most}"
+                raise GateworkError(
+                    "relative_distance is out of range", got=repr(self.relative_distance), expected=expected
+                )
+        for kind, others in (
+            ("alibi_bias_max", ("rope_dim", "ntk_length", "yarn")),
+            (
+                "relative_buckets",
+                ("rope_dim", "ntk_length", "yarn", "alibi_bias_max", "logn_length", "sliding_window", "attn_softcap"),
+            ),
+        ):
+            for name in others if getattr(self, kind) is not None else ():
                 if getattr(self, name) is not None:
-                    raise GateworkError(f"{name} and alibi_bias_max exclude each other", got=getattr(self, name))
+                    raise GateworkError(f"{name} and {kind} exclude each other", got=getattr(self, name))
         for name in ("ntk_length", "logn_length"):
             length = getattr(self, name)
             if length is not None and not (type(length) is int and 2 <= length <= MAX_SIZE):
@@ -188,6 +215,21 @@ class ModelConfig:
         if layers and self.sliding_window is None:
             raise GateworkError("full_attention needs layers with a window", got="no sliding_window")
 
+    def _checked_encoder(self) -> int:
+        """The number of its layers, once they are known to fit the decoder."""
+        layers, start = self.encoder_layers, self.start_token_id
+        if not (type(layers) is int and 0 <= layers <= MAX_LAYERS):
+            raise GateworkError("encoder_layers is out of range", got=repr(layers), expected=f"0 to {MAX_LAYERS}")
+        if (layers > 0) != (start is not None):
+            got = f"{layers} encoder layers, start token {start}"
+            raise GateworkError("an encoder and a start token go together", got=got, expected="both, or neither")
+        if start is not None and not (type(start) is int and 0 <= start < self.vocab_size):
+            raise GateworkError("start_token_id is out of range", got=repr(start), expected=f"below {self.vocab_size}")
+        if layers and (self.relative_buckets is None or self.parallel or self.qk_norm or self.bias or self.post_norms):
+            got = "other positions, norms, biases or parallel layers"
+            raise GateworkError("this encoder is not supported", got=got, expected="a relative bias and plain layers")
+        return layers
+
     def _check_layers(self) -> None:
         """What a layer is made of."""
         for name, kind in (("bias", Bias), ("activation", Activation), ("glu", Glu)):
@@ -197,6 +239,13 @@ class ModelConfig:
         if not (0 <= self.expert_capacity < MAX_SIZE and 0 <= self.min_expert_capacity < MAX_SIZE):
             got = f"{self.expert_capacity} and {self.min_expert_capacity}"
             raise GateworkError("expert_capacity or min_expert_capacity is out of range", got=got, expected="0 or more")
+        if not (type(self.sequence_capacity) is int and 0 <= self.sequence_capacity < MAX_SIZE):
+            raise GateworkError(
+                "sequence_capacity is out of range", got=repr(self.sequence_capacity), expected="0 or more"
+            )
+        if self.sequence_capacity and (self.moe is None or self.moe.top_k > 1):
+            got = "no experts" if self.moe is None else f"top {self.moe.top_k}"
+            raise GateworkError("sequence_capacity is for one expert per token", got=got, expected="top 1")
         if self.moe is not None and self.moe_interval > self.num_layers:
             expected = f"at most num_layers={self.num_layers}"
             raise GateworkError("moe_interval leaves no layer with experts", got=self.moe_interval, expected=expected)
@@ -212,8 +261,9 @@ class ModelConfig:
                 raise GateworkError("alpha, beta and limit are of other gates", got=self.glu, expected=expected)
             if self.moe_interval > 1 or self.extra_mlp:
                 raise GateworkError("alpha, beta and limit are for experts in every layer", got="dense MLPs besides")
-        if self.alibi_bias_max is not None and self.attn_sinks:
-            raise GateworkError("attn_sinks and alibi_bias_max exclude each other", got=self.alibi_bias_max)
+        for name in ("alibi_bias_max", "relative_buckets"):
+            if getattr(self, name) is not None and self.attn_sinks:
+                raise GateworkError(f"attn_sinks and {name} exclude each other", got=getattr(self, name))
         if self.attn_softcap is not None and self.attn_sinks:
             raise GateworkError("attn_sinks and attn_softcap exclude each other", got=self.attn_softcap)
         if self.bias == "all" and self.tie_embeddings:
@@ -222,14 +272,15 @@ class ModelConfig:
     @property
     def rotary_dim(self) -> int:
         """Values of a head that rotate."""
-        if self.alibi_bias_max is not None:
+        if self.alibi_bias_max is not None or self.relative_buckets is not None:
             return 0
         return self.head_dim if self.rope_dim is None else self.rope_dim
 
     @property
     def context_limit(self) -> int:
-        """Positions that the model can be run on: with ALiBi more than it was made for."""
-        return self.max_position_embeddings if self.alibi_bias_max is None else MAX_SIZE
+        """Positions that the model can be run on: with ALiBi or a relative bias more than it was made for."""
+        endless = self.alibi_bias_max is not None or self.relative_buckets is not None
+        return MAX_SIZE if endless else self.max_position_embeddings
 
     def ntk_alphas(self, length: int) -> list[int]:
         """Dynamic NTK's factors for prompts of up to `length` positions: 1, and 3, 7, 15, ... from each doubling on."""
@@ -269,14 +320,34 @@ class ModelConfig:
 
     @property
     def moe_layers(self) -> int:
-        """How many layers have experts."""
+        """How many of the decoder's layers have experts."""
         return self.num_layers // self.moe_interval if self.moe is not None else 0
+
+    @property
+    def encoder(self) -> ModelConfig | None:
+        """The encoder's layers as a model of their own."""
+        if not self.encoder_layers:
+            return None
+        return replace(self, num_layers=self.encoder_layers, encoder_layers=0, start_token_id=None)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name and shape of every weight, in graph order. Matrices are (out, in); experts are (E, out, in)."""
+        D = self.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocab_size, D)}
+        if self.encoder is not None:
+            shapes |= {f"encoder.{name}": shape for name, shape in self.encoder._stack_shapes().items()}
+        shapes |= self._stack_shapes()
+        if not self.tie_embeddings:
+            shapes |= _product("lm_head", self.vocab_size, D, self.bias == "all")
+        return shapes
+
+    def _stack_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the layers, what they share, and the norm after them."""
         D, I, Dh, G = self.hidden_size, self.intermediate_size, self.head_dim, self.matrices
         on_qkv, on_o, on_all = self.bias is not None, self.bias in ("attn", "all"), self.bias == "all"
-        shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocab_size, D)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.relative_buckets is not None:
+            shapes["relative_bias.weight"] = (self.relative_buckets, self.num_heads)
         for i in range(self.num_layers):
             layer = self._norm_shapes("attn_norm")
             for name, heads in (("q", self.num_heads), ("k", self.num_kv_heads), ("v", self.num_kv_heads)):
@@ -289,6 +360,11 @@ class ModelConfig:
             layer |= _product("attn.o", D, self.num_heads * Dh, on_o)
             if self.post_norms:
                 layer |= self._norm_shapes("attn_post_norm")
+            if self.encoder_layers:
+                layer |= self._norm_shapes("cross_norm")
+                for name, rows in (("q", self.num_heads), ("k", self.num_kv_heads), ("v", self.num_kv_heads)):
+                    layer |= _product(f"cross.{name}", rows * Dh, D, False)
+                layer |= _product("cross.o", D, self.num_heads * Dh, False)
             if not self.parallel:
                 layer |= self._norm_shapes("ffn_norm")
             if self.moe is None or not self.has_experts(i):  # gate rows first, then up rows
@@ -308,10 +384,7 @@ class ModelConfig:
                 layer |= self._norm_shapes("extra_norm")
                 layer |= {"extra_mlp.w_in": (G * I, D), "extra_mlp.w_out": (D, I)}
             shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-        shapes |= self._norm_shapes("norm")
-        if not self.tie_embeddings:
-            shapes |= _product("lm_head", self.vocab_size, D, on_all)
-        return shapes
+        return shapes | self._norm_shapes("norm")
 
     def _norm_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         kinds = ("weight", "bias") if self.norm_bias else ("weight",)
@@ -332,7 +405,8 @@ class ModelConfig:
             return self.num_parameters()
         expert = (self.matrices + 1) * self.hidden_size * self.intermediate_size
         expert += self.moe.bias * (self.matrices * self.intermediate_size + self.hidden_size)
-        return self.num_parameters() - self.moe_layers * (self.moe.num_experts - self.moe.top_k) * expert
+        layers = self.moe_layers + (self.encoder.moe_layers if self.encoder is not None else 0)
+        return self.num_parameters() - layers * (self.moe.num_experts - self.moe.top_k) * expert
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes that the keys and values of one position take over all layers."""

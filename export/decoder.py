@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from gatework.export import attention_op, cache_op
 from gatework.export.config import ModelConfig
-from gatework.export.positions import attention_mask, query_scale, rope_positions, rope_tables
+from gatework.export.positions import RelativeBias, attention_mask, query_scale, rope_positions, rope_tables
 from gatework.plugins.moe import torch_op
 from gatework.plugins.moe.spec import MoEAttributes
 
@@ -139,6 +139,20 @@ def with_sinks(k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> tuple[Tenso
     return torch.cat([k, nothing], dim=2), torch.cat([v, nothing], dim=2), bias
 
 
+class CrossAttention(nn.Module):
+    """The decoder's half of attention to the encoder's output, whose keys and values the encoder computes; see `encoder`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config, width = config, config.num_heads * config.head_dim
+        self.q, self.o = Linear(width, config.hidden_size), Linear(config.hidden_size, width)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
+        y, *_ = torch.onnx.ops.attention(q, k, v, mask, scale=self.config.attention_scale)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
 class MLP(nn.Module):
     """Dense feed-forward layer: down(act(up x)), down(act(gate x) * up x), or down(a * act(b) * up x) with gate x = a | b."""
 
@@ -183,6 +197,7 @@ class MoE(nn.Module):
         self.w_in, self.w_out = weight(E, rows, D), weight(E, D, I)
         self.b_in = weight(E, rows) if bias else None
         self.b_out = weight(E, D) if bias else None
+        self.sequence_capacity = config.sequence_capacity
         width = config.moe.shared_width
         self.shared = None if width is None else SharedExpert(config, width)
 
@@ -192,14 +207,27 @@ class MoE(nn.Module):
         logits = F.linear(tokens.float(), self.router.weight.float(), shift)  # [T, E]
         weights = (self.w_in, self.w_out, self.attributes)
         y = torch_op.moe(tokens, logits, *weights, b_in=self.b_in, b_out=self.b_out).view_as(x)
+        if self.sequence_capacity:
+            y = y * served(logits.unflatten(0, x.shape[:2]), self.sequence_capacity).to(y.dtype)
         return y if self.shared is None else y + self.shared(x)
+
+
+def served(logits: Tensor, capacity: int) -> Tensor:
+    """1 where an expert takes a token, which is one of the first `capacity` in its sequence to choose it, else 0: [B, S, 1].
+
+    logits: the router's, [B, S, E].
+    """
+    experts = torch.arange(logits.shape[-1], device=logits.device)
+    chosen = (logits.argmax(-1, keepdim=True) == experts).to(torch.int64)
+    return (chosen.cumsum(1) * chosen).sum(-1, keepdim=True) <= capacity
 
 
 class Step:
     """What every layer of one forward pass shares.
 
     max_seq: S_max. cos, sin: `rope_tables`. prompt_lengths: see `rope_positions`. masked: with the masks, by window,
-    which the projections alone do not need.
+    which the projections alone do not need. relative_bias: of the model, if it has one. cross: by layer and kind, keys
+    and values of the encoder's output, [B, Hkv, L, Dh]; source_lengths [B]: how many of them there are.
     """
 
     def __init__(
@@ -213,6 +241,9 @@ class Step:
         *,
         prompt_lengths: Tensor | None = None,
         masked: bool = True,
+        relative_bias: RelativeBias | None = None,
+        cross: list[Tensor] | None = None,
+        source_lengths: Tensor | None = None,
     ) -> None:
         self.write_indices = write_indices  # [B]
         self.cos, self.sin = cos, sin
@@ -220,14 +251,26 @@ class Step:
         self.query_scale = query_scale(config, position_ids)
         windows = dict.fromkeys(map(config.window, range(config.num_layers))) if masked else {}
         self.masks = {
-            window: attention_mask(config, position_ids, max_seq, cos.dtype, window=window) for window in windows
+            window: attention_mask(config, position_ids, max_seq, cos.dtype, window=window, relative_bias=relative_bias)
+            for window in windows
         }
+        self.cross = cross
+        if cross is not None:
+            assert source_lengths is not None
+            self.cross_mask = source_mask(source_lengths, position_ids.shape[1], cross[0].shape[2])
+
+
+def source_mask(lengths: Tensor, queries: int, keys: int) -> Tensor:
+    """True for the first so many keys of each row: [B, 1, queries, keys]."""
+    visible = torch.arange(keys, device=lengths.device) < lengths[:, None]
+    return visible[:, None, None].expand(-1, -1, queries, -1)
 
 
 class Layer(nn.Module):
     """Pre-norm block: attention, then the feed-forward layer, each added to the residual stream, normalised again or not.
 
-    In a parallel one both read the same norm of the stream as it came in.
+    In a parallel one both read the same norm of the stream as it came in. Where there is an encoder, attention to its output
+    lies between the two.
 
     index: the layer's number, which decides whether it has experts, and a window.
     """
@@ -240,6 +283,9 @@ class Layer(nn.Module):
             self.ffn_norm = norm(config)
         self.ffn = "moe" if config.has_experts(index) else "mlp"  # the name under which its weights go
         self.add_module(self.ffn, MoE(config) if config.has_experts(index) else MLP(config, config.intermediate_size))
+        self.index, self.has_cross = index, bool(config.encoder_layers)
+        if self.has_cross:
+            self.cross_norm, self.cross = norm(config), CrossAttention(config)
         self.attn_post_norm = norm(config) if config.post_norms else nn.Identity()
         self.ffn_post_norm = norm(config) if config.post_norms else nn.Identity()
         self.has_extra = config.has_extra(index)
@@ -248,12 +294,20 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         middle, k, v = self.attend(x, step, past_k, past_v)
-        return self.extra(self.feed_forward(middle, x)), k, v
+        return self.extra(self.feed_forward(self.attend_source(middle, step), x)), k, v
 
     def attend(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The first half, and the updated cache."""
         y, k, v = self.attn(self.attn_norm(x), step, past_k, past_v)
         return x + self.attn_post_norm(y), k, v
+
+    def attend_source(self, middle: Tensor, step: Step) -> Tensor:
+        """Attention to the encoder's output, where there is one."""
+        if not self.has_cross:
+            return middle
+        assert step.cross is not None
+        k, v = step.cross[2 * self.index : 2 * self.index + 2]
+        return middle + self.cross(self.cross_norm(middle), k, v, step.cross_mask)
 
     def feed_forward(self, middle: Tensor, x: Tensor) -> Tensor:
         """The second half, up to the extra MLP; arguments: the stream after the first half, and before it."""
@@ -274,7 +328,7 @@ def scaled(x: Tensor, multiplier: float) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer with a static-length KV cache; parameters carry the canonical names of ModelConfig.
+    """A transformer decoder with a static-length KV cache; parameters carry the canonical names of ModelConfig.
 
     Args of `forward`:
         input_ids: [B, S] int64 tokens of this step.
@@ -282,6 +336,7 @@ class Decoder(nn.Module):
         write_indices: [B] int64 cache slot of each row's first new key.
         cache: 2L tensors [B, Hkv, S_max, Dh] in the activation dtype, k and v of each layer in turn; not modified.
         prompt_lengths: [B] int64, where the model has dynamic NTK and S_max is longer than what it was trained on.
+        cross, source_lengths: where there is an encoder, what it returned, of any length L, and each row's length, [B] int64.
 
     Returns the logits, [B, 1, V] float32 of the last position ([B, S, V] with `all_logits`), then the updated cache tensors.
     """
@@ -293,6 +348,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm = norm(config)
+        self.relative_bias = None if config.relative_buckets is None else RelativeBias(config, both_sides=False)
         if not config.tie_embeddings:
             self.lm_head = Linear(config.vocab_size, config.hidden_size, bias=config.bias == "all")
         cos, sin = rope_tables(config, max_seq)
@@ -308,11 +364,24 @@ class Decoder(nn.Module):
         write_indices: Tensor,
         cache: list[Tensor],
         prompt_lengths: Tensor | None = None,
+        cross: list[Tensor] | None = None,
+        source_lengths: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         x = scaled(self.embed(input_ids), self.config.embed_multiplier)  # [B, S, D]
         cos, sin = self.rope_cos.to(x.dtype), self.rope_sin.to(x.dtype)
         lengths = None if prompt_lengths is None else prompt_lengths[:, None]
-        step = Step(self.config, position_ids, write_indices, self.max_seq, cos, sin, prompt_lengths=lengths)
+        step = Step(
+            self.config,
+            position_ids,
+            write_indices,
+            self.max_seq,
+            cos,
+            sin,
+            prompt_lengths=lengths,
+            relative_bias=self.relative_bias,
+            cross=cross,
+            source_lengths=source_lengths,
+        )
         present: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             x, k, v = layer(x, step, cache[2 * i], cache[2 * i + 1])

@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.decoder import MLP, Layer, MoE, SharedExpert, Step, moe_attributes, norm, scaled
-from gatework.export.positions import attention_mask, rope_tables
+from gatework.export.encoded import encode, load_bias
+from gatework.export.encoder import SourceKeys
+from gatework.export.positions import RelativeBias, attention_mask, rope_tables
 from gatework.export.reference import load_weights
 from gatework.export.rounding import Format, Rounding, error_sizes, stored, total
 from gatework.plugins.moe import torch_op
@@ -70,6 +72,8 @@ class LayerwiseReference:
         prompts: how many tokens of each are its prompt.
         tapped: the sequences, by number, whose steps the engine recorded, in the order of its rows; may repeat.
         form: the engine's number formats.
+        sources: what the encoder reads for each sequence, where there is one. The decoder then takes one token a step, so that
+            it drops none, and no sequence may be tapped.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class LayerwiseReference:
         prompts: Sequence[int],
         tapped: Sequence[int],
         form: Format,
+        sources: Sequence[Sequence[int]] = (),
     ) -> None:
         self.checkpoint, self._form, self._prompts = checkpoint, form, prompts
         self._longest = max(map(len, sequences))
@@ -87,6 +92,10 @@ class LayerwiseReference:
         self.layers = 0  # that are through
         self._sequences, self._tapped = sequences, tapped
         self._tables = rope_tables(self.config, self._longest)
+        self._bias = load_bias(checkpoint, "", both_sides=False) if self.config.relative_buckets is not None else None
+        with torch.inference_mode():
+            self._encoded = encode(checkpoint, sources) if self.config.encoder_layers else []
+        assert not (self._encoded and tapped), "steps of a model with an encoder are not compared"
         self._own = self._start(range(len(sequences)))
         starts = [span[0] for span in self._own.spans]
         parts = [torch.arange(len(sequences[j])) + starts[j] for j in tapped]
@@ -141,6 +150,8 @@ class LayerwiseReference:
         for name in ("attn_norm", "attn", *norms):
             load_weights(layer.get_submodule(name), self.checkpoint, f"layers.{i}.{name}.")
         middle = yield from self._attention(i, layer, local, engine)
+        if layer.has_cross:
+            middle = self._attend_source(i, layer, middle)
         yield from self._feed_forward(i, layer, middle, local, engine)
         if layer.has_extra:
             yield from self._extra(i, layer, engine, tapped=local is not None)
@@ -155,7 +166,7 @@ class LayerwiseReference:
         """The first half of a layer; returns the own run's residual stream after it."""
         own = self._own
         q, k, v = layer.attn.project(layer.attn_norm(own.hidden), own.step)
-        context = _read(layer, q, k, v, own)
+        context = _read(layer, q, k, v, own, self._bias)
         attention = layer.attn.o(context)
         middle = own.hidden + layer.attn_post_norm(attention)
         if local is None:
@@ -173,8 +184,10 @@ class LayerwiseReference:
 
         def contexts(rounding: Rounding | None) -> Tensor:
             queries, *_ = layer.attn.project(layer.attn_norm(x), step)
-            y = _read(layer, queries, keys, values, local)[0]
-            return y if rounding is None else rounding.sum_of(y, _read(layer, queries, keys, values.abs(), local)[0])
+            y = _read(layer, queries, keys, values, local, self._bias)[0]
+            if rounding is None:
+                return y
+            return rounding.sum_of(y, _read(layer, queries, keys, values.abs(), local, self._bias)[0])
 
         yield self._compare(engine, i, "context", contexts, context[0])
         yield self._compare(engine, i, "attention", lambda _: layer.attn.o(taps["context"]), attention[0])
@@ -186,6 +199,20 @@ class LayerwiseReference:
             middle[0],
         )
         return middle
+
+    def _attend_source(self, i: int, layer: Layer, middle: Tensor) -> Tensor:
+        """The own run's residual stream after attention to the encoder's output."""
+        with torch.device("meta"):
+            source = SourceKeys(self.config).eval()
+        parts = (("cross_norm", layer.cross_norm), ("cross", layer.cross), ("cross", source))
+        for name, module in parts:
+            load_weights(module, self.checkpoint, f"layers.{i}.{name}.")
+        found = []
+        for (a, b), encoded in zip(self._own.spans, self._encoded, strict=True):
+            k, v = source(encoded)
+            everything = torch.ones(1, 1, b - a, encoded.shape[1], dtype=torch.bool)
+            found.append(layer.cross(layer.cross_norm(middle[:, a:b]), k, v, everything))
+        return middle + torch.cat(found, dim=1)
 
     def _feed_forward(
         self, i: int, layer: Layer, middle: Tensor, local: _Run | None, engine: Recorded
@@ -332,11 +359,12 @@ class LayerwiseReference:
         return exact, *error_sizes(off)
 
 
-def _read(layer: Layer, q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:
+def _read(layer: Layer, q: Tensor, k: Tensor, v: Tensor, run: _Run, bias: RelativeBias | None) -> Tensor:
     """Attention of every sequence to itself, [1, n, H * Dh]."""
     parts = []
     for a, b in run.spans:
-        mask = attention_mask(layer.attn.config, torch.arange(b - a)[None], b - a, window=layer.attn.window)
+        positions, window = torch.arange(b - a)[None], layer.attn.window
+        mask = attention_mask(layer.attn.config, positions, b - a, window=window, relative_bias=bias)
         parts.append(layer.attn.read(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], mask))
     return torch.cat(parts, dim=1)
 

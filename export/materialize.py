@@ -16,6 +16,7 @@ from tqdm import tqdm
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.packing import TORCH_DTYPES, Pack, TensorSpec, is_weight, pack_of, static_shape
 from gatework.export.safetensors_writer import SafetensorsWriter
+from gatework.plugins import engine_format
 from gatework.plugins.machine import usable_cpus
 
 GRAPH, DENSE, EXPERTS = "model.onnx", "weights.safetensors", "experts.safetensors"
@@ -29,40 +30,52 @@ def write_model(
     checkpoint: Checkpoint,
     directory: Path,
     *,
+    encoder: ir.Model | None = None,
     files: tuple[str, str] = (DENSE, EXPERTS),
     progress: bool = False,
 ) -> list[str]:
-    """Write the graph and its tensors into `directory`; returns the file names.
+    """Write the graph, and its encoder's, and their tensors into `directory`; returns the file names.
 
     Memory stays bounded by a few parts of a weight. Expert weights go to the second of `files`, page-aligned for memory
-    mapping; everything else to the first. Tensors that lie in files already stay there.
+    mapping; everything else to the first. Tensors that lie in files already stay there. What both graphs read is there once.
     """
-    packs = list(dict.fromkeys(pack_of(value) for value in model.graph.initializers.values() if is_weight(value)))
+    models = {GRAPH: model} | ({engine_format.ENCODER: encoder} if encoder is not None else {})
+    values = [value for each in models.values() for value in each.graph.initializers.values()]
+    packs = list({pack_of(value).outputs: pack_of(value) for value in values if is_weight(value)}.values())
     experts = [pack for pack in packs if len(checkpoint.weights[pack.sources[0]].shape) == 3]
     dense = [pack for pack in packs if pack not in experts]
-    tables = [
-        value
-        for value in model.graph.initializers.values()
+    tables = {
+        _table_name(file, value): value
+        for file, each in models.items()
+        for value in each.graph.initializers.values()
         if value.const_value is not None
         and not isinstance(value.const_value, ir.ExternalTensor)
         and value.const_value.nbytes > _INLINE_BYTES
-    ]
-    names = [GRAPH]
+    }
+    names = list(models)
     first, second = files
     with _bar(packs, checkpoint, progress) as bar:
-        for name, group, constants, align in ((first, dense, tables, 64), (second, experts, [], EXPERT_ALIGN)):
+        for name, group, constants, align in ((first, dense, tables, 64), (second, experts, {}, EXPERT_ALIGN)):
             if group or constants:
                 places = _write_file(checkpoint, directory / name, group, constants, align, bar)
-                _point_to(model.graph, directory / name, places)
+                for file, each in models.items():
+                    _point_to(each.graph, directory / name, places, file)
                 names.append(name)
-    ir.save(model, directory / GRAPH)
+    for file, each in models.items():
+        ir.save(each, directory / file)
     return names
+
+
+def _table_name(file: str, value: ir.Value) -> str:
+    """Of a constant in a weight file: the exporter numbers those of each graph by itself."""
+    assert value.name is not None
+    return value.name if file == GRAPH else f"{file}.{value.name}"
 
 
 def write_experts(packs: list[Pack], checkpoint: Checkpoint, path: Path, *, progress: bool = False) -> None:
     """Write expert weights that are inputs of a graph, page-aligned for memory mapping."""
     with _bar(packs, checkpoint, progress) as bar:
-        _write_file(checkpoint, path, packs, [], EXPERT_ALIGN, bar)
+        _write_file(checkpoint, path, packs, {}, EXPERT_ALIGN, bar)
 
 
 def _bar(packs: list[Pack], checkpoint: Checkpoint, progress: bool) -> tqdm:
@@ -71,17 +84,17 @@ def _bar(packs: list[Pack], checkpoint: Checkpoint, progress: bool) -> tqdm:
 
 
 def _write_file(
-    checkpoint: Checkpoint, path: Path, packs: list[Pack], constants: list[ir.Value], align: int, bar: tqdm
+    checkpoint: Checkpoint, path: Path, packs: list[Pack], constants: dict[str, ir.Value], align: int, bar: tqdm
 ) -> dict[str, tuple[int, int]]:
     """Write the outputs of packs, and constants; returns offset and length of each tensor."""
     specs = [spec for pack in packs for spec in pack.outputs]
-    for value in constants:
-        assert value.name is not None and value.dtype is not None
-        specs.append(TensorSpec(value.name, TORCH_DTYPES[value.dtype], static_shape(value)))
+    for name, value in constants.items():
+        assert value.dtype is not None
+        specs.append(TensorSpec(name, TORCH_DTYPES[value.dtype], static_shape(value)))
     with SafetensorsWriter(path, specs, align=align) as writer:
-        for value in constants:
-            assert value.name is not None and value.const_value is not None
-            writer.append(value.name, _as_torch(value.const_value))
+        for name, value in constants.items():
+            assert value.const_value is not None
+            writer.append(name, _as_torch(value.const_value))
         for pack, part_bytes, encoded in _encode(checkpoint, packs):
             for spec, data in zip(pack.outputs, encoded, strict=True):
                 writer.append(spec.name, data)
@@ -89,10 +102,13 @@ def _write_file(
     return {spec.name: writer.location(spec.name) for spec in specs}
 
 
-def _point_to(graph: ir.Graph, path: Path, places: dict[str, tuple[int, int]]) -> None:
-    """Let initializers read their data from a file."""
-    for name, (offset, length) in places.items():
-        value = graph.initializers[name]
+def _point_to(graph: ir.Graph, path: Path, places: dict[str, tuple[int, int]], file: str) -> None:
+    """Let initializers of the graph that goes to `file` read their data from the file `path`."""
+    for name, value in graph.initializers.items():
+        place = name if is_weight(value) else _table_name(file, value)
+        if place not in places:
+            continue
+        offset, length = places[place]
         assert value.dtype is not None and value.shape is not None
         value.const_value = ir.ExternalTensor(
             path.name, offset, length, value.dtype, shape=value.shape, name=name, base_dir=path.parent

@@ -94,8 +94,12 @@ class BuildOptions:
         """The same with limits that the model has: max_seq is set, and prefill_chunk at most that.
 
         Raises:
-            GateworkError: a max_seq beyond the model's, or more stages than layers.
+            GateworkError: a max_seq beyond the model's, more stages than layers, or an encoder where none can run.
         """
+        if config.encoder_layers and (self.target != "cpu" or self.stages > 1):
+            got = f"target {self.target}" if self.target != "cpu" else f"{self.stages} stages"
+            fix = "leave --stages out" if self.target == "cpu" else "use --target cpu"
+            raise GateworkError("encoders run on the CPU alone, unsplit", got=got, expected="target cpu", fix=fix)
         if self.stages > config.num_layers:
             expected = f"at most {config.num_layers}, the model's layers"
             raise GateworkError("there are more stages than layers", got=self.stages, expected=expected)

@@ -1,11 +1,12 @@
-"""How a model knows where tokens stand: rotation, ALiBi, what both do beyond the trained length, and who sees whom."""
+"""How a model knows where tokens stand: rotation, ALiBi or a learned bias, beyond the trained length too, and who sees whom."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gatework.export.config import ModelConfig
 
@@ -59,6 +60,44 @@ def alibi_slopes(config: ModelConfig, device: torch.device | None = None) -> Ten
     return slopes if count == config.num_heads else torch.cat([slopes[1::2], slopes[::2]])[: config.num_heads]
 
 
+def relative_buckets(config: ModelConfig, *, both_sides: bool) -> Tensor:
+    """The bucket of every offset key - query from -distance to distance: [2 * distance + 1] int64 (T5, arXiv:1910.10683, 2.1).
+
+    Half of the buckets are for one distance each, the others for ranges that grow by a factor. both_sides: half of all are for
+    keys after the query; otherwise those, which are never read, go with the query itself.
+    """
+    assert config.relative_buckets is not None
+    offsets = torch.arange(-config.relative_distance, config.relative_distance + 1)
+    buckets = config.relative_buckets // 2 if both_sides else config.relative_buckets
+    distances = offsets.abs() if both_sides else (-offsets).clamp(min=0)
+    exact = buckets // 2
+    octaves = torch.log(distances.clamp(min=1).float() / exact) / math.log(config.relative_distance / exact)
+    far = (exact + (octaves * (buckets - exact)).to(torch.int64)).clamp(max=buckets - 1)
+    chosen = torch.where(distances < exact, distances, far)
+    return chosen + (offsets > 0) * buckets if both_sides else chosen
+
+
+class RelativeBias(nn.Module):
+    """What is added to the scores of queries and keys, by head, learned by bucket of their distance."""
+
+    def __init__(self, config: ModelConfig, *, both_sides: bool) -> None:
+        super().__init__()
+        assert config.relative_buckets is not None
+        self.config, self.both_sides, self.distance = config, both_sides, config.relative_distance
+        self.weight = nn.Parameter(torch.empty(config.relative_buckets, config.num_heads), requires_grad=False)
+        self.buckets: Tensor
+        self.register_buffer("buckets", relative_buckets(config, both_sides=both_sides), persistent=False)
+
+    def fill(self) -> None:
+        """Compute the table, for a module that was made on the meta device."""
+        self.buckets = relative_buckets(self.config, both_sides=self.both_sides)
+
+    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """[B, H, S, n], from positions of queries [B, S] and keys [n]."""
+        offsets = (keys - queries[..., None]).clamp(-self.distance, self.distance) + self.distance  # [B, S, n]
+        return F.embedding(offsets, F.embedding(self.buckets, self.weight)).permute(0, 3, 1, 2)
+
+
 def attention_mask(
     config: ModelConfig,
     position_ids: Tensor,
@@ -66,16 +105,20 @@ def attention_mask(
     dtype: torch.dtype = torch.float32,
     *,
     window: int | None = None,
+    relative_bias: RelativeBias | None = None,
 ) -> Tensor:
     """True where a query may look: [B, 1, S, S_max], keys at or before it and, with a window, at most W - 1 before it.
 
-    With ALiBi what is added to the scores instead, [B, H, S, S_max] `dtype`.
+    With ALiBi or a learned bias what is added to the scores instead, [B, H, S, S_max] `dtype`.
     """
     keys = torch.arange(max_seq, device=position_ids.device)[None, None, None, :]
     queries = position_ids[:, None, :, None]
     mask = keys <= queries
     if window is not None:
         mask = mask & (keys > queries - window)
+    if relative_bias is not None:
+        bias = relative_bias(position_ids, keys[0, 0, 0])
+        return torch.where(mask, bias.to(dtype), torch.finfo(dtype).min)
     if config.alibi_bias_max is None:
         return mask
     bias = alibi_slopes(config, position_ids.device)[:, None, None] * (keys - queries).float()

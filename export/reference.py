@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import ModelConfig
 from gatework.export.decoder import Decoder
+from gatework.export.encoder import Encoder
 from gatework.export.positions import rope_tables
 from gatework.plugins.errors import GateworkError
 
@@ -37,7 +38,18 @@ def load_decoder(
         decoder = Decoder(checkpoint.config, max_seq, all_logits=all_logits).eval()
     load_weights(decoder, checkpoint, dtype=dtype)
     decoder.rope_cos, decoder.rope_sin = rope_tables(checkpoint.config, max_seq)
+    if decoder.relative_bias is not None:
+        decoder.relative_bias.fill()
     return decoder
+
+
+def load_encoder(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Encoder:
+    """The encoder of a checkpoint that has one; see `load_decoder`."""
+    with torch.device("meta"):
+        encoder = Encoder(checkpoint.config).eval()
+    load_weights(encoder, checkpoint, dtype=dtype)
+    encoder.encoder.relative_bias.fill()
+    return encoder
 
 
 def load_weights(

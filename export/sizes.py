@@ -43,10 +43,10 @@ def devices_needed(config: ModelConfig, precision: Precision, positions: int, me
     sizes = tensor_bytes(config, precision)
     if sizes is None:
         return None
-    parts = [0] * (config.num_layers + 2)  # embedding, layers, head
+    parts = [0] * (config.num_layers + 2)  # embedding and encoder, layers, head
     for name, nbytes in sizes.items():
         kind, _, rest = name.partition(".")
-        parts[int(rest.split(".")[0]) + 1 if kind == "layers" else 0 if kind == "embed" else -1] += nbytes
+        parts[int(rest.split(".")[0]) + 1 if kind == "layers" else 0 if kind in ("embed", "encoder") else -1] += nbytes
     cache = kv_bytes(config, precision, positions) // config.num_layers
     devices, room = 0, 0
     for place, nbytes in enumerate(parts):
@@ -78,8 +78,16 @@ def tensor_bytes(config: ModelConfig, precision: Precision, group: int | None = 
 
 
 def kv_bytes(config: ModelConfig, precision: Precision, positions: int) -> int:
-    """Bytes of the keys and values of `positions` cache positions. A sliding window does not make the cache shorter."""
-    return positions * config.kv_bytes_per_token(KV_BYTES[precision])
+    """Bytes of the keys and values of `positions` cache positions, and of a prompt as long where an encoder reads it.
+
+    A sliding window does not make the cache shorter.
+    """
+    return caches(config) * positions * config.kv_bytes_per_token(KV_BYTES[precision])
+
+
+def caches(config: ModelConfig) -> int:
+    """How many caches a sequence has: the decoder's own, and that of what the encoder made of the prompt."""
+    return 2 if config.encoder_layers else 1
 
 
 def gpu_weight_bytes(config: ModelConfig, precision: str, group: int) -> tuple[int, int]:
@@ -133,7 +141,7 @@ def _grouped_bytes(name: str, shape: tuple[int, ...], bits: int, group: int, con
     if _EXPERT_BIASES in name and size is not None:
         padded = config.matrices * (-config.intermediate_size % size) if name.endswith("moe.b_in") else 0
         return 4 * shape[0] * (shape[1] + padded)
-    if len(shape) == 1 or ".router." in name or (is_embedding and size is None):
+    if len(shape) == 1 or ".router." in name or "relative_bias." in name or (is_embedding and size is None):
         return 4 * math.prod(shape)
     if len(shape) == 2 and not is_embedding:
         return _matrix_bytes(shape, bits, group)

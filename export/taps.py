@@ -30,6 +30,10 @@ def name_taps(graph: ir.Graph, config: ModelConfig) -> None:
             "attention": attention,
             "residual": residual,
         }
+        if config.encoder_layers:
+            cross = _product(graph, f"layers.{i}.cross.o.weight")
+            values |= {"cross_context": cross.inputs[0], "cross_attention": cross.outputs[0]}
+            values["cross_residual"] = _sum_with(cross.outputs[0])
         if not config.has_experts(i):
             branch = _with_bias(_product(graph, f"layers.{i}.mlp.w_out").outputs[0])
             values["mlp"] = branch
@@ -82,9 +86,9 @@ def _with_bias(product: ir.Value) -> ir.Value:
 
 
 def _sum_with(branch: ir.Value) -> ir.Value:
-    """The residual stream after a branch, normalised or not, was added to it."""
+    """The residual stream after a branch, as it is or changed, was added to it."""
     (add,) = branch.consumers()
-    if add.op_type == "RMSNormalization":
+    if add.op_type in ("RMSNormalization", "Mul"):  # normalised, or without the tokens that experts did not take
         (add,) = add.outputs[0].consumers()
     assert add.op_type == "Add", add.op_type
     return add.outputs[0]

@@ -6,13 +6,22 @@ import math
 from typing import Any
 
 import onnx_ir as ir
+import torch
 
 from gatework.export.config import ModelConfig
 from gatework.export.packing import TensorSpec, is_weight, pack_of
 
 
-def weight_facts(model: ir.Model, config: ModelConfig) -> dict[str, Any]:
+def weight_facts(model: ir.Model, config: ModelConfig, encoder: ir.Model | None = None) -> dict[str, Any]:
     """The tensor table, and weight bytes: in all, and read for one decoded token (chosen experts, one embedding row)."""
+    if encoder is not None:
+        decoder, rest = weight_facts(model, config), weight_facts(encoder, config)["tensors"]
+        own = {name: facts for name, facts in rest.items() if name not in decoder["tensors"]}
+        sizes = decoder["weight_bytes"]
+        sizes["total"] += sum(
+            math.prod(facts["shape"]) * getattr(torch, facts["dtype"]).itemsize for facts in own.values()
+        )
+        return decoder | {"tensors": decoder["tensors"] | own}
     tensors, total, per_token = {}, 0, 0.0
     for value in model.graph.initializers.values():
         if not is_weight(value):

@@ -13,6 +13,7 @@ from gatework.plugins.machine import usable_cpus
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 FALLBACK = "fallback.onnx"  # of a CPU engine: the graph for machines without the CPU kernels' library
+ENCODER = "encoder.onnx"  # of an encoder-decoder model; reads the same weight files as model.onnx
 KERNELS = "kernels"  # a folder in an engine: compiled GPU kernels
 CHECKPOINT = "checkpoint"  # a folder in a portable model: files that it shares with the checkpoint it was made from
 # Of a portable model inside the checkpoint's own folder: names that no reader of a checkpoint looks for, the graph last.
@@ -25,6 +26,7 @@ STAGES = "stages"  # field of a staged engine's manifest: layers [first, end) an
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    "spiece.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -56,6 +58,7 @@ def layer_taps(layer: int, model: Mapping[str, Any]) -> list[str]:
 
     `layers.{i}.context`: what the heads read from the cache, before the output projection; `attention`: after it;
     `residual`: the stream with it; `router`: logits, and `experts`, and `shared`, or `mlp`: what the feed-forward part adds;
+    `cross_context`, `cross_attention`, `cross_residual`: the same of attention to the encoder's output, where there is one;
     `routed`: the stream with that, and `extra`: what an MLP after the experts adds; `output`: the stream after all.
     """
     moe = model["moe"]
@@ -63,7 +66,8 @@ def layer_taps(layer: int, model: Mapping[str, Any]) -> list[str]:
     if moe is not None and (layer + 1) % (model.get("moe_interval") or 1) == 0:
         branches = ["router", "experts", *(["shared"] if moe.get("shared_width") is not None else [])]
         extra = ["routed", "extra"] if model.get("extra_mlp") else []
-    names = ("context", "attention", "residual", *branches, *extra, "output")
+    cross = ["cross_context", "cross_attention", "cross_residual"] if model.get("encoder_layers") else []
+    names = ("context", "attention", "residual", *cross, *branches, *extra, "output")
     return [f"layers.{layer}.{name}" for name in names]
 
 

@@ -179,6 +179,10 @@ def _check_numbers(file: Path, manifest: dict[str, Any]) -> None:
         raise _damaged(file, "its model's vocabulary is not known")
     if not all(_is_count(model.get(name)) for name in ("num_layers", "num_kv_heads", "head_dim")) or "moe" not in model:
         raise _damaged(file, "its model's layers are not known")
+    layers, start = model.get("encoder_layers", 0), model.get("start_token_id")
+    starts = type(start) is int and 0 <= start < model["vocab_size"]
+    if layers and not (_is_count(layers) and starts and engine_format.ENCODER in manifest["files"]):
+        raise _damaged(file, "its model's encoder is not known")
     _check_stages(file, manifest)
 
 

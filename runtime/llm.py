@@ -197,7 +197,9 @@ class LLM:
         self._check_prompt(ids)
         if params.stop and self.tokenizer is None:
             raise GateworkError("stop strings need a tokenizer", fix="use stop_token_ids with this engine")
-        model = self.engine.model
+        model, source = self.engine.model, None
+        if model.get("encoder_layers"):
+            source, ids = ids, [model["start_token_id"]]
         eos = [] if params.ignore_eos else model["eos_token_ids"]
         return Request(
             prompt_ids=ids,
@@ -206,6 +208,7 @@ class LLM:
             stop_ids=frozenset([*eos, *(params.stop_token_ids or ())]),
             decoder=self.tokenizer.stream() if self.tokenizer is not None else None,
             matcher=StopMatcher(params.stop_strings, include_stop=params.include_stop_str_in_output),
+            source_ids=source,
         )
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -256,7 +259,8 @@ def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count:
 def _completion(request: Request) -> Completion:
     assert request.finish_reason is not None
     logprobs = request.logprobs if request.params.logprobs is not None else None
-    return Completion(request.text, request.output_ids, logprobs, request.finish_reason, request.prompt_ids)
+    prompt = request.prompt_ids if request.source_ids is None else request.source_ids
+    return Completion(request.text, request.output_ids, logprobs, request.finish_reason, prompt)
 
 
 def _delta(request: Request, text: int, tokens: int) -> Delta:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import numpy as np
 
@@ -26,9 +26,18 @@ class Backend(Protocol):
     def move(self, source: int, target: int, length: int) -> None: ...
 
 
+class EncodingBackend(Backend, Protocol):
+    """What it needs besides where the model has an encoder."""
+
+    def encode(self, slot: int, tokens: list[int]) -> None: ...
+
+
 @dataclass(slots=True, eq=False)
 class Request:
-    """One sequence on its way through the engine. Text is produced only where there is a tokenizer."""
+    """One sequence on its way through the engine. Text is produced only where there is a tokenizer.
+
+    source_ids: what the encoder reads, where there is one; the decoder's own prompt is its start token then.
+    """
 
     prompt_ids: list[int]
     params: SamplingParams
@@ -36,6 +45,7 @@ class Request:
     stop_ids: frozenset[int]
     decoder: StreamDecoder | None
     matcher: StopMatcher
+    source_ids: list[int] | None = None
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] = field(default_factory=list)
     text: str = ""
@@ -109,6 +119,8 @@ class Scheduler:
 
     def _prefill(self, request: Request) -> None:
         slot, tokens = len(self.running), request.prompt_ids
+        if request.source_ids is not None:
+            cast(EncodingBackend, self.backend).encode(slot, request.source_ids)
         for start in range(0, len(tokens), self.prefill_chunk):
             logits = self.backend.prefill(slot, tokens[start : start + self.prefill_chunk], start, len(tokens))
         self.running.append(request)

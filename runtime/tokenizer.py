@@ -114,8 +114,8 @@ class StreamDecoder:
 def load_tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint or engine directory; None where it holds none.
 
-    tokenizer.json goes before tokenizer.model (SentencePiece), and that before cl100k_base.tiktoken (DBRX) and
-    qwen.tiktoken.
+    tokenizer.json goes before tokenizer.model and spiece.model (SentencePiece), and those before cl100k_base.tiktoken (DBRX)
+    and qwen.tiktoken.
 
     Raises:
         GateworkError: a file is damaged, of a kind that is not supported, or needs a package that is not installed.
@@ -126,10 +126,11 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
         from gatework.runtime.tokenizer_json import JsonTokenizer
 
         return JsonTokenizer(directory / "tokenizer.json", config)
-    if (directory / "tokenizer.model").is_file():
-        from gatework.runtime.tokenizer_spm import SentencePieceTokenizer
+    for name in ("tokenizer.model", "spiece.model"):
+        if (directory / name).is_file():
+            from gatework.runtime.tokenizer_spm import SentencePieceTokenizer
 
-        return SentencePieceTokenizer(directory / "tokenizer.model", config)
+            return SentencePieceTokenizer(directory / name, config)
     ranks = directory / "cl100k_base.tiktoken"
     if ranks.is_file() or config.tokenizer_class == "TiktokenTokenizerWrapper":
         from gatework.runtime.tokenizer_tiktoken import TiktokenTokenizer

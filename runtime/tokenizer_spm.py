@@ -1,4 +1,4 @@
-"""SentencePiece `tokenizer.model` files, as Llama and Mistral ship them."""
+"""SentencePiece models: `tokenizer.model` files, as Llama and Mistral ship them, and T5's `spiece.model`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 _SPACE = "\u2581"
+_T5 = ("T5Tokenizer", "T5TokenizerFast")
+_SENTINEL = re.compile(r"<extra_id_(\d+)>")
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # ModelProto field 3, normalizer_spec: field 3, add_dummy_prefix, is false
 
 
@@ -24,6 +26,9 @@ class SentencePieceTokenizer(Tokenizer):
     the JSON files beside it are taken as such, and the text between them goes to SentencePiece. Whether text after such
     a token gets the model's leading space too is `legacy` in tokenizer_config.json, as in transformers: it does when
     that is true, or absent, as in files older than the key.
+
+    T5's classes end a text with EOS unless `add_eos_token` says no. Their sentinels "<extra_id_0>", ... come, where no file
+    gives their ids, after the model's pieces, the last one first.
 
     Raises:
         GateworkError: the file is not a SentencePiece model, or the sentencepiece package is missing.
@@ -39,6 +44,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._later_model = _load(file, model + _NO_DUMMY_PREFIX) if config.legacy is False else self._model
         self._prefixes = bool(self._model.normalize("x").startswith(_SPACE))
         self._added = _added_tokens(self._model, config)
+        self._adds_eos = config.add_eos_token or (config.add_eos_token is None and config.tokenizer_class in _T5)
         self._by_id = dict(self._added)
         self._pattern = re.compile("|".join(_pattern(token) for _, token in self._added))
         self.vocab_size = max(self._model.get_piece_size(), *(token_id + 1 for token_id in self._by_id))
@@ -70,7 +76,7 @@ class SentencePieceTokenizer(Tokenizer):
             ids.append(self._added[(match.lastindex or 0) - 1][0])
             place = match.end()
         ids += self._encode_between(text[place:], place)
-        if add_special_tokens and self.config.add_eos_token and self.eos_token_id is not None:
+        if add_special_tokens and self._adds_eos and self.eos_token_id is not None:
             ids.append(self.eos_token_id)
         return ids
 
@@ -89,9 +95,13 @@ def _added_tokens(model: SentencePieceProcessor, config: TokenizerConfig) -> lis
     pieces = range(model.get_piece_size())
     control = [token_id for token_id in pieces if model.is_control(token_id) or model.is_unknown(token_id)]
     found = {model.id_to_piece(token_id): (token_id, AddedToken(model.id_to_piece(token_id))) for token_id in control}
+    sentinels = [token.content for token in config.added_tokens if _SENTINEL.fullmatch(token.content)]
     for token in config.added_tokens:
         token_id = model.piece_to_id(token.content) if token.id is None else token.id
-        if token.id is not None or model.id_to_piece(token_id) == token.content:  # else one that no model knows
+        number = _SENTINEL.fullmatch(token.content) if token.id is None and config.tokenizer_class in _T5 else None
+        if number is not None and int(number[1]) < len(sentinels):
+            found[token.content] = model.get_piece_size() + len(sentinels) - 1 - int(number[1]), token
+        elif token.id is not None or model.id_to_piece(token_id) == token.content:  # else one that no model knows
             found[token.content] = token_id, token
     return sorted(found.values(), key=lambda pair: -len(pair[1].content))
 

@@ -82,6 +82,30 @@ def make_sentencepiece(directory: Path, **config: Any) -> Path:
     return directory
 
 
+def make_t5(directory: Path) -> Path:
+    """spiece.model with the settings of T5's, and its sentinels in tokenizer_config.json."""
+    import sentencepiece
+
+    directory.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_prefix=str(directory / "spiece"),
+        vocab_size=300,
+        character_coverage=0.99,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (directory / "spiece.vocab").unlink()
+    named = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    sentinels = [f"<extra_id_{n}>" for n in range(10)]
+    write_config(directory, named | {"extra_ids": 10, "additional_special_tokens": sentinels})
+    return directory
+
+
 def make_cl100k(directory: Path, **config: Any) -> Path:
     """cl100k_base.tiktoken with a few hundred ranks."""
     from gatework.runtime.tokenizer_json import byte_alphabet

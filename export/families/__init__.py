@@ -23,6 +23,7 @@ from gatework.export.families import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    switch,
 )
 from gatework.export.weights import WeightMap
 from gatework.plugins.errors import GateworkError
@@ -59,6 +60,7 @@ FAMILIES: dict[str, Family] = {
         "gpt_oss": gpt_oss,
         "grok-1": grok1,
         "openmoe": openmoe,
+        "switch_transformers": switch,
     }.items()
 }
 # Configs that leave model_type to their remote code, or name another family there.

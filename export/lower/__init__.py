@@ -72,7 +72,8 @@ def _lower_to_ort(model: ir.Model, config: ModelConfig, bits: int | None, group:
         raise GateworkError(what, got="a longer max_seq than the model was trained on", fix=fix)
     if config.attn_sinks and not kernels.sinks:
         raise GateworkError("attention sinks have not been tried on this target", fix="use --target cpu")
-    model, _ = hoist_last_position(model)
+    if not config.encoder_layers:  # whose prompts are one token
+        model, _ = hoist_last_position(model)
     if kernels.fused_attention:
         model, fused = to_group_query_attention(model, config, query_lengths=kernels.query_lengths)
     if not kernels.fused_attention or (config.attn_sinks and not fused):

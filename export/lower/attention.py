@@ -2,8 +2,8 @@
 
 Pre: RotaryEmbedding / TensorScatter / Attention as the decoder traces them. Where q and k are normalised, or q is scaled, the
 one product is split again, and the operator takes three inputs.
-Post: no Attention, TensorScatter or mask is left, unless a head's width, or its part that rotates, is not a multiple of 16,
-which the kernel demands; such a model keeps the standard operators.
+Post: no Attention to a cache, TensorScatter or mask is left, unless a head's width, or its part that rotates, is not a multiple
+of 16, which the kernel demands; such a model keeps the standard operators, and so does attention to an encoder's output.
 """
 
 from __future__ import annotations
@@ -59,15 +59,27 @@ def to_group_query_attention(model: ir.Model, config: ModelConfig, *, query_leng
     """Rewrite every attention layer; `query_lengths` gives the operator its optional input of that meaning."""
     if config.head_dim % 16 or config.rotary_dim % 16:
         return model, False
-    attentions = [node for node in model.graph if node.op_type == "Attention"]
+    if not any(node.op_type == "TensorScatter" for node in model.graph):
+        return model, False
+    attentions = [node for node in model.graph if node.op_type == "Attention" and not _is_given(node.inputs[1])]
     lengths = attention_lengths(model.graph, query_lengths=query_lengths)
     bias = None
-    if attentions and config.alibi_bias_max is not None:
+    if config.alibi_bias_max is not None:
         slopes = Builder(model.graph, attentions[0]).constant(alibi_slopes(config)[:, None, None].numpy())
         bias = alibi_bias(model.graph, attentions[0], lengths, slopes)
+    if config.relative_buckets is not None:
+        build = Builder(model.graph, attentions[0])
+        start, axis = (build.constant(np.array([number], np.int64)) for number in (0, 3))
+        (end,) = build.op("Unsqueeze", lengths.end, start)
+        (bias,) = build.op("Slice", attentions[0].inputs[3], start, end, axis)  # of all keys that there may be
     for node in attentions:
         _rewrite(model.graph, node, config, lengths, bias)
-    return model, bool(attentions)
+    return model, True
+
+
+def _is_given(keys: ir.Value | None) -> bool:
+    """Whether they are an encoder's."""
+    return keys is not None and keys.is_graph_input()
 
 
 def attention_lengths(graph: ir.Graph, *, query_lengths: bool) -> Lengths:

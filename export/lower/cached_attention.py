@@ -20,13 +20,15 @@ _OUR_INPUTS = 10
 
 
 def to_cached_attention(model: ir.Model) -> tuple[ir.Model, bool]:
-    """Replace every GroupQueryAttention whose positions are the cache's slots."""
+    """Replace every GroupQueryAttention whose positions are the cache's slots, and whose bias, if there is one, is ALiBi's."""
     graph = model.graph
-    (starts,) = (value for value in graph.inputs if value.name == "write_indices")
+    starts = next((value for value in graph.inputs if value.name == "write_indices"), None)
     modified = False
     for node in [node for node in graph if node.op_type == _CONTRIB]:
         given = [*node.inputs, *[None] * (_SINKS + 1 - len(node.inputs))]
         if given[_POSITION_IDS] is not None:
+            continue
+        if given[_BIAS] is not None and _slopes(given[_BIAS]) is None:
             continue
         q, past_k, past_v, cos, sin, k, v = (given[place] for place in _INPUTS)
         build = Builder(graph, node)

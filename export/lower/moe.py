@@ -1,10 +1,10 @@
 """gatework::MoE -> ONNX Runtime's MoE (floats) or QMoE (int8, int4) contrib operator.
 
 Pre: gatework::MoE nodes with dense expert weights.
-Post: no gatework::MoE node is left, but those with other than softmax scores and two-way SiLU gates, where the target runs the
-operator's function body. Gate and up rows are interleaved, as those kernels demand; a quantised expert width is
-padded with zeros to whole groups and to the kernels' multiple, which changes no result. Router logits, computed in float32,
-are rounded to the type of x, the only one that the operators take.
+Post: no gatework::MoE node is left, but those with other than softmax scores and two-way SiLU gates (or, in floats on the CPU,
+ReLU and no gate), where the target runs the operator's function body. Gate and up rows are interleaved, as those kernels
+demand; a quantised expert width is padded with zeros to whole groups and to the kernels' multiple, which changes no result.
+Router logits, computed in float32, are rounded to the type of x, the only one that the operators take.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from gatework.plugins.moe.spec import MoEAttributes
 
 # Gate and up rows in turn.
 SILU_GATE: dict[str, Any] = {"activation_type": "swiglu", "swiglu_fusion": 1}
+UNGATED: dict[str, Any] = {"activation_type": "relu"}
 
 
 def gate_settings(attributes: MoEAttributes) -> dict[str, Any]:
@@ -37,7 +38,16 @@ def gate_settings(attributes: MoEAttributes) -> dict[str, Any]:
 
 def has_contrib(attributes: MoEAttributes) -> bool:
     """Whether the contrib operators do what the operator does with these settings, on every kind of device."""
-    return attributes.scoring == "softmax" and attributes.activation == "silu" and attributes.glu == "two_way"
+    return _drops_none(attributes) and attributes.activation == "silu" and attributes.glu == "two_way"
+
+
+def _is_ungated(attributes: MoEAttributes) -> bool:
+    return _drops_none(attributes) and attributes.activation == "relu" and attributes.glu == "none"
+
+
+def _drops_none(attributes: MoEAttributes) -> bool:
+    """Whether every choice counts, by softmax scores."""
+    return attributes.scoring == "softmax" and attributes.capacity_factor == 0
 
 
 def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int, kernels: Kernels) -> tuple[ir.Model, bool]:
@@ -45,16 +55,18 @@ def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int, kernels: Ke
     nodes = moe_nodes(model)
     for node in nodes:
         attributes = attributes_of(node)
-        if not has_contrib(attributes):
+        ungated = bits is None and kernels.function_bodies and _is_ungated(attributes)
+        if not has_contrib(attributes) and not ungated:
             if kernels.function_bodies:
                 continue
             got = f"{attributes.scoring} scores, {attributes.glu} {attributes.activation} gates"
+            got += ", a capacity" if attributes.capacity_factor else ""
             expected, fix = "softmax scores, two_way silu gates", "use --target cpu, or a GPU by its name"
             raise GateworkError(
                 "this target has no kernels for the model's experts", got=got, expected=expected, fix=fix
             )
-        settings = gate_settings(attributes)
-        settings |= {"k": attributes.top_k, "normalize_routing_weights": int(attributes.renormalize)}
+        settings = UNGATED if ungated else gate_settings(attributes)
+        settings = settings | {"k": attributes.top_k, "normalize_routing_weights": int(attributes.renormalize)}
         build = Builder(model.graph, node)
         x, router_logits, w_in, w_out, b_in, b_out = (*node.inputs, None, None)[:6]
         assert x is not None and x.dtype is not None and w_in is not None and w_out is not None
@@ -62,8 +74,10 @@ def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int, kernels: Ke
             (router_logits,) = build.op("Cast", router_logits, to=x.dtype)
         if bits is None:
             _check_sizes(static_shape(w_out), kernels.dense_multiple)
-            (rows,) = add_packed(model.graph, _dense(w_in))
-            bias = None if b_in is None else add_packed(model.graph, _bias_in(b_in))[0]
+            rows, bias = w_in, b_in
+            if not ungated:
+                (rows,) = add_packed(model.graph, _dense(w_in))
+                bias = None if b_in is None else add_packed(model.graph, _bias_in(b_in))[0]
             inputs = [x, router_logits, rows, bias, w_out, b_out]
             (y,) = build.op("MoE", *inputs[: 6 if b_out is not None else 5], domain=MS, **settings)
         else:

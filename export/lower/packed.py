@@ -67,7 +67,7 @@ def to_packed_matmul(model: ir.Model, *, bits: int, group: int, experts: bool) -
             "K": K,
             "bits": width,
             "group_size": size,
-            "wide": int(width == WIDE_BITS and (name == _HEAD or ".attn." in name)),
+            "wide": int(width == WIDE_BITS and (name == _HEAD or ".attn." in name or ".cross." in name)),
         }
         (y,) = Builder(model.graph, node).op(cpu_ops.MATMUL, node.inputs[0], *packed, domain=DOMAIN, **settings)
         replace(node.outputs[0], y)
@@ -84,6 +84,9 @@ def to_packed_moe(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model, 
     nodes = moe_nodes(model)
     for node in nodes:
         attributes = attributes_of(node)
+        if attributes.capacity_rule != "choices":
+            got, fix = attributes.capacity_rule, "use --precision fp32"
+            raise GateworkError("quantised experts drop no choices by this rule", got=got, fix=fix)
         x, router_logits, w_in, w_out, b_in, b_out = (*node.inputs, None, None)[:6]
         assert w_in is not None and w_out is not None
         E, D, I = static_shape(w_out)
@@ -92,7 +95,8 @@ def to_packed_moe(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model, 
         fc1 = add_packed(model.graph, _experts_in(w_in, attributes.matrices, I, bits, size))
         fc2 = add_packed(model.graph, _experts_out(w_out, I, bits, size))
         settings: dict[str, Any] = attributes.to_onnx()
-        del settings["weight_format"]
+        for name in ("weight_format", "capacity_rule", "second_threshold"):
+            del settings[name]
         settings |= {"bits": bits, "group_size": size, "hidden_size": D, "expert_width": I, "num_experts": E}
         biases = () if b_in is None else (_bias_in(model.graph, b_in, attributes.matrices, I), b_out)
         build = Builder(model.graph, node)

@@ -45,7 +45,9 @@ three_way: a | b | up = u, h = a * act(b) * up. Two-way silu gates are h = g sig
 at most limit, and v is up, between -limit and limit; limit 0: none. Quantised weights are w = q * scale, one scale per
 group_size neighbours along the last axis (0: per row); int4 is stored as q + 8, two to a uint8, low nibble first.
 capacity_factor > 0 limits an expert to floor(K * capacity_factor * T / E) choices, plus one if odd, at least min_capacity:
-first choices in token order, then second choices, and so on; a choice beyond the limit contributes 0.
+first choices in token order, then second choices, and so on; a choice beyond the limit contributes 0. With
+capacity_rule gshard the limit is floor(capacity_factor * T / E), at most T and at least min_capacity, second choices whose
+weight is at most second_threshold are dropped, and the others stand behind the first choices that were kept.
 """
 
 
@@ -197,7 +199,12 @@ def _gates(body: _Body, attributes: MoEAttributes) -> str:
         total = body("ReduceSum", gates, body.constant([1]))
         gates = body("Div", gates, body("Max", total, body.constant(TINY, np.float32)))
     if attributes.capacity_factor > 0:
-        gates = body("Mul", gates, _kept(body, hot, attributes))
+        kept = (
+            _kept_gshard(body, hot, gates, attributes)
+            if attributes.capacity_rule == "gshard"
+            else _kept(body, hot, attributes)
+        )
+        gates = body("Mul", gates, kept)
     return gates
 
 
@@ -211,12 +218,33 @@ def _kept(body: _Body, hot: str, attributes: MoEAttributes) -> str:
     return body("ReduceSum", body("Mul", hot, free), body.constant([1]), keepdims=0)
 
 
+def _kept_gshard(body: _Body, hot: str, gates: str, attributes: MoEAttributes) -> str:
+    """The same by `reference.kept_gshard`; gates [T, E]: weights of both choices."""
+    capacity, last = _capacity(body, attributes), body.constant([1])
+    first, second = (body("Squeeze", choice, last) for choice in body.split(hot, 2, 1))  # [T, E]
+
+    def free(chosen: str, taken: str | None) -> str:
+        slots = body("CumSum", chosen, body.constant(0), exclusive=1)
+        if taken is not None:
+            slots = body("Add", slots, body("ReduceSum", taken, body.constant([0])))
+        return body("Mul", chosen, body.float32(body("Less", slots, capacity)))
+
+    first = free(first, None)
+    threshold = body.constant(attributes.second_threshold, np.float32)
+    second = body("Mul", second, body.float32(body("Greater", gates, threshold)))
+    return body("Add", first, free(second, first))
+
+
 def _capacity(body: _Body, attributes: MoEAttributes) -> str:
     """`MoEAttributes.capacity` as a float32 tensor [1], through the same float64 operations."""
-    double = onnx.TensorProto.DOUBLE
+    double, gshard = onnx.TensorProto.DOUBLE, attributes.capacity_rule == "gshard"
     T, E = (body("Cast", body.size("router_logits", axis), to=double) for axis in (0, 1))
-    scaled = body("Mul", body.constant(attributes.top_k * attributes.capacity_factor, np.float64), T)
+    per_token = attributes.capacity_factor * (1 if gshard else attributes.top_k)
+    scaled = body("Mul", body.constant(per_token, np.float64), T)
     slots = body("Cast", body("Floor", body("Div", scaled, E)), to=onnx.TensorProto.INT64)
+    if gshard:
+        slots = body("Min", slots, body.size("router_logits", 0))
+        return body.float32(body("Max", slots, body.constant(attributes.min_capacity)))
     even = body("Add", slots, body("Mod", slots, body.constant(2)))
     return body.float32(body("Max", even, body.constant(attributes.min_capacity)))
 

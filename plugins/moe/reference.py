@@ -4,7 +4,7 @@ For each token t, with p = score(router_logits[t]) over all E experts (softmax o
 
     chosen[t]   = the K experts of the largest router logits, largest first; equal logits: the lower index first
     weight[t,j] = p[chosen[t,j]]                           and, with renormalize, divided by the sum over j
-    weight[t,j] = 0 when a capacity is set and the choice found its expert full (see `kept`)
+    weight[t,j] = 0 when a capacity is set and the choice found its expert full (see `kept` and `kept_gshard`)
     y[t]        = sum over j of weight[t,j] * expert(chosen[t,j], x[t])
 
     expert(e, x) = w_out[e] h + b_out[e],   with  u = w_in[e] x + b_in[e]  and
@@ -110,7 +110,10 @@ def route(router_logits: Array, attributes: MoEAttributes) -> tuple[NDArray[np.i
     if attributes.renormalize:
         weights = weights / np.maximum(weights.sum(axis=-1, keepdims=True), TINY)
     if attributes.capacity_factor > 0:
-        weights = weights * kept(indices, logits.shape[1], attributes)
+        if attributes.capacity_rule == "gshard":
+            weights = weights * kept_gshard(indices, weights, logits.shape[1], attributes)
+        else:
+            weights = weights * kept(indices, logits.shape[1], attributes)
     return indices, weights
 
 
@@ -126,6 +129,24 @@ def kept(indices: NDArray[np.int64], num_experts: int, attributes: MoEAttributes
     counts = np.cumsum(ordered[:, None] == np.arange(num_experts), axis=0)  # [K*T, E]
     slots = counts[np.arange(K * T), ordered] - 1
     return (slots < attributes.capacity(T, num_experts)).reshape(K, T).T
+
+
+def kept_gshard(
+    indices: NDArray[np.int64], weights: NDArray[np.float32], num_experts: int, attributes: MoEAttributes
+) -> NDArray[np.bool_]:
+    """The same by the rule of GShard (arXiv:2006.16668, algorithm 1, in the form of Mesh TensorFlow); weights [T, 2].
+
+    Tokens of one call are one group. First choices take slots in token order. Second choices whose weight is above
+    `second_threshold` take those behind the first choices that were kept, in token order, each using up a slot number whether
+    or not it is kept. A dropped choice does not raise the weight of the other. (Mesh TensorFlow adds 1e-9 to the sum that the
+    weights are divided by, which float32 does not show.)
+    """
+    capacity = attributes.capacity(len(indices), num_experts)
+    first, second = (indices[:, j, None] == np.arange(num_experts) for j in range(2))  # [T, E]
+    first = first & (np.cumsum(first, axis=0) <= capacity)
+    second = second & (weights[:, 1:] > np.float32(attributes.second_threshold))
+    second = second & (np.cumsum(second, axis=0) + first.sum(axis=0) <= capacity)
+    return np.stack([first.any(axis=1), second.any(axis=1)], axis=1)
 
 
 def dequantize(

@@ -31,12 +31,14 @@ Scoring = Literal["softmax", "sigmoid"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 Glu = Literal["none", "two_way", "three_way"]
 WeightFormat = Literal["dense", "fp8_e4m3", "int8", "int4"]
+CapacityRule = Literal["choices", "gshard"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "scoring": get_args(Scoring),
     "activation": get_args(Activation),
     "glu": get_args(Glu),
     "weight_format": get_args(WeightFormat),
+    "capacity_rule": get_args(CapacityRule),
 }
 GLU_MATRICES: dict[str, int] = {"none": 1, "two_way": 2, "three_way": 3}
 ATTRIBUTE_KINDS: dict[str, Literal["INT", "FLOAT", "STRING"]] = {
@@ -52,6 +54,8 @@ ATTRIBUTE_KINDS: dict[str, Literal["INT", "FLOAT", "STRING"]] = {
     "alpha": "FLOAT",
     "beta": "FLOAT",
     "limit": "FLOAT",
+    "capacity_rule": "STRING",
+    "second_threshold": "FLOAT",
 }
 INPUTS = ("x", "router_logits", "w_in", "w_out", "b_in", "b_out", "w_in_scale", "w_out_scale")
 REQUIRED_INPUTS = 4
@@ -72,6 +76,9 @@ class MoEAttributes:
     min_capacity: lower bound of that number; unused when capacity_factor is 0.
     alpha, beta, limit: of two_way silu gates alone: h = g sigmoid(alpha g) * (u + beta), with g = min(gate, limit) and
         u = up between -limit and limit; limit 0: as they are. Kept as float32.
+    capacity_rule: choices: slots are counted over all choices, dropped or not; gshard: see `reference.kept_gshard`.
+    second_threshold: for gshard: a second choice counts where its weight is above it; below 0 always, from 1 on never. Kept as
+        a float32.
     """
 
     top_k: int
@@ -86,6 +93,8 @@ class MoEAttributes:
     alpha: float = 1.0
     beta: float = 0.0
     limit: float = 0.0
+    capacity_rule: CapacityRule = "choices"
+    second_threshold: float = -1.0
 
     def __post_init__(self) -> None:
         for name, least in (("top_k", 1), ("group_size", 0), ("min_capacity", 0)):
@@ -104,6 +113,7 @@ class MoEAttributes:
             raise GateworkError("MoE capacity_factor is out of range", got=repr(factor), expected="0 (dropless) to 1e6")
         object.__setattr__(self, "capacity_factor", _as_float32(factor))
         self._check_gates()
+        self._check_rule()
 
     def _check_gates(self) -> None:
         for name in ("alpha", "beta", "limit"):
@@ -114,6 +124,18 @@ class MoEAttributes:
         if self.has_own_gates and (self.activation, self.glu) != ("silu", "two_way"):
             got = f"{self.glu} {self.activation} gates"
             raise GateworkError("MoE alpha, beta and limit are of two_way silu gates", got=got)
+
+    def _check_rule(self) -> None:
+        threshold = self.second_threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not -1 <= threshold <= 1:
+            expected = "-1 (all second choices) to 1 (none)"
+            raise GateworkError("MoE second_threshold is out of range", got=repr(threshold), expected=expected)
+        object.__setattr__(self, "second_threshold", _as_float32(threshold))
+        if self.capacity_rule == "gshard" and (self.top_k != 2 or self.capacity_factor == 0):
+            got, expected = f"top {self.top_k}, capacity_factor {self.capacity_factor}", "top 2 and a capacity_factor"
+            raise GateworkError("MoE capacity_rule gshard does not go with the rest", got=got, expected=expected)
+        if self.capacity_rule != "gshard" and threshold != -1:
+            raise GateworkError("MoE second_threshold is for capacity_rule gshard", got=threshold, expected="-1")
 
     @property
     def has_own_gates(self) -> bool:
@@ -140,10 +162,13 @@ class MoEAttributes:
     def capacity(self, num_tokens: int, num_experts: int) -> int:
         """Choices that one expert serves: floor(K * factor * T / E), plus one if odd, at least min_capacity.
 
-        In float64 and in this order of operations, so that every implementation gets the same number
-        (OpenMoE's PyTorch port; its own setting is K 2, factor 2.0, min_capacity 4).
+        For gshard floor(factor * T / E), at most T, and then at least min_capacity. In float64 and in this order of
+        operations, so that every implementation gets the same number (OpenMoE's PyTorch port; its own setting is K 2, factor
+        2.0, min_capacity 4; Mesh TensorFlow's minimum is 4 as well, its factor for evaluation 2.0).
         """
         assert self.capacity_factor > 0
+        if self.capacity_rule == "gshard":
+            return max(min(num_tokens, math.floor(self.capacity_factor * num_tokens / num_experts)), self.min_capacity)
         slots = math.floor(self.top_k * self.capacity_factor * num_tokens / num_experts)
         return max(slots + slots % 2, self.min_capacity)
 

@@ -76,9 +76,12 @@ def _moe(
     alpha: float,
     beta: float,
     limit: float,
+    capacity_rule: str,
+    second_threshold: float,
 ) -> Tensor:
     routing = {"top_k": top_k, "scoring": scoring, "renormalize": renormalize}
     routing |= {"capacity_factor": capacity_factor, "min_capacity": min_capacity}
+    routing |= {"capacity_rule": capacity_rule, "second_threshold": second_threshold}
     expert = {"activation": activation, "glu": glu, "weight_format": weight_format, "group_size": group_size}
     expert |= {"alpha": alpha, "beta": beta, "limit": limit}
     inputs = (x, router_logits, w_in, w_out, b_in, b_out, w_in_scale, w_out_scale)
@@ -153,7 +156,10 @@ def route(router_logits: Tensor, attributes: MoEAttributes) -> tuple[Tensor, Ten
     if attributes.renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(TINY)
     if attributes.capacity_factor > 0:
-        weights = weights * _kept(indices, logits.shape[1], attributes)
+        if attributes.capacity_rule == "gshard":
+            weights = weights * _kept_gshard(indices, weights, logits.shape[1], attributes)
+        else:
+            weights = weights * _kept(indices, logits.shape[1], attributes)
     return indices, weights
 
 
@@ -163,6 +169,16 @@ def _kept(indices: Tensor, num_experts: int, attributes: MoEAttributes) -> Tenso
     chosen = F.one_hot(indices.T.reshape(K * T), num_experts)  # [K*T, E]: first choices, then second choices, ...
     slots = (chosen.cumsum(0) * chosen).sum(-1) - 1
     return (slots < attributes.capacity(T, num_experts)).view(K, T).T
+
+
+def _kept_gshard(indices: Tensor, weights: Tensor, num_experts: int, attributes: MoEAttributes) -> Tensor:
+    """See `reference.kept_gshard`."""
+    capacity = attributes.capacity(len(indices), num_experts)
+    first, second = F.one_hot(indices, num_experts).unbind(1)  # [T, E]
+    first = first * (first.cumsum(0) <= capacity)
+    second = second * (weights[:, 1:] > attributes.second_threshold)
+    second = second * (second.cumsum(0) + first.sum(0) <= capacity)
+    return torch.stack([first.sum(1), second.sum(1)], 1)
 
 
 def _experts(

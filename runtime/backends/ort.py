@@ -24,6 +24,7 @@ from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import usable_cpus
 from gatework.plugins.moe import cpu_ops
 from gatework.runtime.backends.kv import Cache, DeviceCache, HostCache, KVLayout, cached_rows
+from gatework.runtime.backends.source import Source
 from gatework.runtime.backends.steps import Steps
 from gatework.runtime.engine import Engine, Stage
 
@@ -116,6 +117,10 @@ class OrtBackend(Steps):
         self._input_names = list(inputs)
         names = tuple(name.removeprefix("past.") for name in inputs if name.startswith("past."))
         past = inputs[f"past.{names[0]}"]
+        self._source: Source | None = None
+        if engine.model.get("encoder_layers"):
+            encoder = _open_session(engine, threads, on_gpu=False, graph=engine_format.ENCODER)
+            self._source = Source(encoder, inputs, max_batch, engine.limits.max_seq)
         self._cache_type, itemsize = _CACHE_TYPES[past.type]
         self.stream_dtype = _STREAM_DTYPES[self._cache_type]
         self._x, self._y = self._ports(engine.model, stage)
@@ -161,8 +166,15 @@ class OrtBackend(Steps):
             self.tapped = {tap: value.numpy() for tap, value in zip(self._taps, values, strict=True)}
         return step.y
 
+    def encode(self, slot: int, tokens: list[int]) -> None:
+        """Let the encoder read a prompt, for the sequence that begins in this slot."""
+        assert self._source is not None
+        self._source.encode(slot, tokens)
+
     def _copy(self, source: int, target: int, length: int) -> None:
         self._cache.move(source, target, length)
+        if self._source is not None:
+            self._source.move(source, target)
 
     @property
     def cache_names(self) -> tuple[str, ...]:
@@ -191,6 +203,8 @@ class OrtBackend(Steps):
             binding.bind_input(f"past.{name}", *place)
             binding.bind_output(f"present.{name}", *place)
         binding.bind_output(self._y.name, "cpu", 0, self._y.kind, step.y.shape, step.y.ctypes.data)
+        if self._source is not None:
+            self._source.bind(binding, first_slot, batch)
         for output in self._taps.values():
             binding.bind_output(output, "cpu")
         return step
@@ -212,9 +226,10 @@ def _open_session(
     threads: int | None,
     *,
     on_gpu: bool,
-    profile: Path | None,
-    taps: Sequence[str],
-    stage: Stage | None,
+    profile: Path | None = None,
+    taps: Sequence[str] = (),
+    stage: Stage | None = None,
+    graph: str = _GRAPH,
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -227,9 +242,10 @@ def _open_session(
     folder = engine.path
     if stage is not None:
         folder /= stage_folder(stage.number)
-        # Stages compute in turn: the threads of one must not spin while another works.
+    if stage is not None or graph != _GRAPH:
+        # Stages compute in turn: the threads of one must not spin while another works. So do encoder and decoder.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-    path = folder / (engine_format.FALLBACK if packed and not native else _GRAPH)
+    path = folder / (engine_format.FALLBACK if packed and not native else graph)
     providers: list[Any] = ["CPUExecutionProvider"]
     if on_gpu:
         providers.insert(0, (_CUDA, {"device_id": 0, "use_tf32": 0}))  # float32 means float32

@@ -87,7 +87,7 @@ def _read_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 def _sizes(config: ModelConfig, engine: dict[str, Any] | None, memories: dict[str, int]) -> dict[str, Any]:
     """Bytes in every precision at full context; of an engine's own, those that it has and is limited to."""
-    from gatework.export.sizes import PRECISIONS, devices_needed, kv_bytes, weight_bytes
+    from gatework.export.sizes import PRECISIONS, caches, devices_needed, kv_bytes, weight_bytes
 
     context = config.max_position_embeddings if engine is None else engine["limits"]["max_seq"]
     weights = {precision: weight_bytes(config, precision) for precision in PRECISIONS}
@@ -95,7 +95,7 @@ def _sizes(config: ModelConfig, engine: dict[str, Any] | None, memories: dict[st
         weights[engine["precision"]] = engine["weight_bytes"]["total"]
     cache = {precision: kv_bytes(config, precision, context) for precision in PRECISIONS}
     if engine is not None and engine["precision"] in cache:
-        cache[engine["precision"]] = context * config.kv_bytes_per_token(_value_bytes(engine))
+        cache[engine["precision"]] = caches(config) * context * config.kv_bytes_per_token(_value_bytes(engine))
     fits = {
         precision: {name: nbytes + cache[precision] <= limit for name, limit in memories.items()}
         for precision, nbytes in weights.items()
@@ -143,7 +143,7 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
         ("family", f"{config.family}, {kind}"),
         ("parameters", f"{config.num_parameters():,}"),
         ("active per token", f"{config.num_active_parameters():,}"),
-        ("layers", f"{config.num_layers}"),
+        ("layers", f"{config.num_layers}{f', and {n} of an encoder' if (n := config.encoder_layers) else ''}"),
         ("hidden size", f"{config.hidden_size}"),
         ("attention heads", f"{config.num_heads} query, {config.num_kv_heads} key/value, {config.head_dim} wide"),
         ("feed-forward width", f"{config.intermediate_size}"),
@@ -161,7 +161,7 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
         ("vocabulary", f"{config.vocab_size:,}{', tied embeddings' if config.tie_embeddings else ''}"),
         ("context", f"{config.max_position_embeddings:,} tokens"),
         ("sliding window", _window(config)),
-        ("rotary base", f"{config.rope_theta:,.10g}" if config.rotary_dim else "none, ALiBi"),
+        ("rotary base", f"{config.rope_theta:,.10g}" if config.rotary_dim else f"none, {_bias(config)}"),
         ("norm", f"{'RMSNorm' if config.norm == 'rms' else 'LayerNorm'}, epsilon {config.norm_eps:g}"),
     ]
     if config.qk_norm is not None:
@@ -179,6 +179,8 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
         rows.append(("layers", "attention and feed-forward side by side"))
     if config.moe is not None and config.moe_layers < config.num_layers:
         rows.append(("layers with experts", f"{config.moe_layers}, one in {config.moe_interval}"))
+    if config.sequence_capacity:
+        rows.append(("an expert serves", f"{config.sequence_capacity} tokens of a prompt; the others pass by"))
     if config.extra_mlp:
         rows.append(("after the experts", "a dense MLP"))
     if (config.activation, config.glu) != ("silu", "two_way"):
@@ -208,9 +210,17 @@ def _window(config: ModelConfig) -> str:
     return f"{config.sliding_window:,} tokens{where}"
 
 
+def _bias(config: ModelConfig) -> str:
+    if config.relative_buckets is None:
+        return "ALiBi"
+    return f"{config.relative_buckets} buckets of distances up to {config.relative_distance}"
+
+
 def _engine_rows(config: ModelConfig, engine: dict[str, Any]) -> list[tuple[str, str]]:
+    from gatework.export.sizes import caches
+
     limits, weights = engine["limits"], engine["weight_bytes"]
-    positions = limits["max_batch"] * limits["max_seq"]
+    positions = caches(config) * limits["max_batch"] * limits["max_seq"]
     stages = [_stage_row(config, number, stage) for number, stage in enumerate(engine["stages"])]
     return [
         ("built for", f"{engine['target']}, {engine['precision']}"),
@@ -246,7 +256,7 @@ def _listed(files: dict[str, int]) -> dict[str, int]:
 def _kv_text(facts: dict[str, Any]) -> str:
     per_token, context = facts["kv_bytes_per_token"], facts["context"]
     rows = [("KV cache", "bytes per token", f"at {context:,} tokens")]
-    rows += [(name, f"{nbytes:,}", size(nbytes * context)) for name, nbytes in per_token.items()]
+    rows += [(name, f"{nbytes:,}", size(facts["kv_bytes_at_context"][name])) for name, nbytes in per_token.items()]
     return table(rows, "<>>")
 
 

@@ -83,6 +83,10 @@ def verify(
         bounds = _default_bounds(engine)
         if text is None:  # random tokens say nothing of quality
             bounds = replace(bounds, mean_kl=None, top1=None)
+    judged = bounds if text is not None else replace(bounds, perplexity=None)
+    if engine.model.get("encoder_layers") and judged == Bounds():
+        got, fix = f"{engine.manifest['precision']}, no text, logits alone", "give --text, or bounds of your own"
+        raise GateworkError("nothing of this engine could be judged", got=got, fix=fix)
     plan = make_plan(engine, text, prompts, tokens, window, taps=shows_inside(engine))
     with work_folder(None if work is None else Path(work)) as folder:
         kept = Work(folder, _key(engine, checkpoint, plan, threads))
@@ -157,7 +161,9 @@ def compare_engines(
 
 def _key(engine: Engine, checkpoint: Checkpoint, plan: Plan, threads: int | None) -> dict[str, Any]:
     """What a verification's results depend on."""
-    cases = [(case.name, case.ids, case.prompt, case.chunk, case.length, case.tapped) for case in plan.cases]
+    cases = [
+        (case.name, case.ids, case.prompt, case.chunk, case.length, case.tapped, case.source) for case in plan.cases
+    ]
     fingerprint = checkpoint.fingerprint()
     return {
         "engine": engine.manifest,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
-from gatework.runtime.scheduler import Backend
+from gatework.runtime.scheduler import Backend, EncodingBackend
 
 
 @dataclass(slots=True)
@@ -18,7 +18,7 @@ class Case:
     ids: its tokens. prompt: how many of them are prefilled, `chunk` at a time; the others are decoded one by one.
     length: tokens to run in all; where `ids` has fewer, the engine's own most likely ones are appended as it goes.
     greedy: the most likely token after the prompt, and after each that follows, is of interest.
-    tapped: every step is to be compared, not the logits alone.
+    tapped: every step is to be compared, not the logits alone. source: what the encoder reads, where there is one.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Case:
     length: int
     greedy: bool = False
     tapped: bool = False
+    source: list[int] | None = None
 
     def follow(self, logits: np.ndarray) -> None:
         """Append the most likely token after the last one, unless there are enough."""
@@ -59,6 +60,8 @@ def feed(backend: Backend, cases: Sequence[Case], finished: Callable[[int, int],
     for first in range(0, len(order), backend.max_batch):
         group = order[first : first + backend.max_batch]
         for slot, i in enumerate(group):
+            if (source := cases[i].source) is not None:
+                cast(EncodingBackend, backend).encode(slot, source)
             yield from _prefill(backend, slot, i, cases[i])
         yield from _decode(backend, cases, group)
         for slot, i in enumerate(group):

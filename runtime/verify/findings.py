@@ -52,12 +52,12 @@ class Findings:
         by_prompt = (
             checkpoint.config.ntk_length is not None
         )  # or else a token's place in or after the prompt is all one
-        numbers: dict[tuple[int, tuple[int, ...]], int] = {}
-        keys = ((case.prompt * by_prompt, tuple(case.ids)) for case in cases)
+        numbers: dict[tuple[int, tuple[int, ...], tuple[int, ...]], int] = {}
+        keys = ((case.prompt * by_prompt, tuple(case.ids), tuple(case.source or ())) for case in cases)
         of_case = [numbers.setdefault(key, len(numbers)) for key in keys]
-        prompts, sequences = zip(*numbers, strict=True)
+        prompts, sequences, sources = zip(*numbers, strict=True)
         tapped = [of_case[i] for i in self.recording.starts]
-        reference = LayerwiseReference(checkpoint, sequences, prompts, tapped, form)
+        reference = LayerwiseReference(checkpoint, sequences, prompts, tapped, form, sources)
         if self.model["moe"] is not None:
             self.experts = Experts(self.model["moe"]["top_k"])
         if work is not None and (done := work.reference()) is not None:

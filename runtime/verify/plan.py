@@ -43,11 +43,9 @@ class Plan:
         prompts, windows = ([self.cases[i] for i in group] for group in self.groups[:2])
         tapped = sum(case.length for case in self.cases if case.tapped)
         facts: dict[str, Any] = {
-            "prompts": ", ".join(f"{case.name} of {case.prompt}" for case in prompts),
+            "prompts": ", ".join(f"{case.name} of {len(case.source or case.ids[: case.prompt])}" for case in prompts),
             "windows": f"{len(windows)} of up to {max((case.length for case in windows), default=0)} tokens",
-            "steps": f"of {tapped} tokens"
-            if tapped
-            else "none: this plan shows no values inside; one built with --taps does",
+            "steps": f"of {tapped} tokens" if tapped else f"none: {_unseen(engine)}",
         }
         reach = engine.model.get("sliding_window")
         if reach is not None and max(case.length for case in self.cases) <= reach:
@@ -90,7 +88,25 @@ def make_plan(
     else:
         parts = windows(text_ids, width)
     kind = "random window" if text is None else "window"
-    return _plan(engine, chosen, {f"{kind} {n}": ids for n, ids in enumerate(parts, start=1)}, tokens, taps=taps)
+    named = {f"{kind} {n}": ids for n, ids in enumerate(parts, start=1)}
+    if engine.model.get("encoder_layers"):
+        return _encoding_plan(engine.model["start_token_id"], chosen, named, tokens)
+    return _plan(engine, chosen, named, tokens, taps=taps)
+
+
+def _encoding_plan(start: int, prompts: dict[str, list[int]], windows: dict[str, list[int]], tokens: int) -> Plan:
+    """Of a model with an encoder, which reads prompts, and the first half of each window; the decoder takes token by token."""
+    cases = [Case(name, [start], 1, 1, tokens, greedy=True, source=ids) for name, ids in prompts.items()]
+    for name, ids in windows.items():
+        half = len(ids) // 2
+        cases.append(Case(name, [start, *ids[half:]], 0, 1, len(ids) - half + 1, source=ids[:half]))
+    return Plan(cases, (range(len(prompts)), range(len(prompts), len(cases))))
+
+
+def _unseen(engine: Engine) -> str:
+    if engine.model.get("encoder_layers"):
+        return "of a model with an encoder logits alone are compared"
+    return "this plan shows no values inside; one built with --taps does"
 
 
 def _plan(

@@ -356,6 +356,43 @@ GPT_OSS_20B = {
 }
 GPT_OSS_120B = GPT_OSS_20B | {"num_hidden_layers": 36, "num_local_experts": 128, "layer_types": None}
 YARN = GPT_OSS_20B["rope_scaling"]
+SWITCH = {
+    "architectures": ["SwitchTransformersForConditionalGeneration"],
+    "d_ff": 3072,
+    "d_kv": 64,
+    "d_model": 768,
+    "decoder_sparse_step": 2,
+    "decoder_start_token_id": 0,
+    "dense_act_fn": "relu",
+    "encoder_sparse_step": 2,
+    "eos_token_id": 1,
+    "expert_capacity": 64,
+    "is_encoder_decoder": True,
+    "layer_norm_epsilon": 1e-06,
+    "model_type": "switch_transformers",
+    "num_decoder_layers": 12,
+    "num_experts": 8,
+    "num_heads": 12,
+    "num_layers": 12,
+    "num_sparse_decoder_layers": 6,
+    "num_sparse_encoder_layers": 6,
+    "pad_token_id": 0,
+    "relative_attention_max_distance": 128,
+    "relative_attention_num_buckets": 32,
+    "router_bias": False,
+    "router_dtype": "float32",
+    "router_ignore_padding_tokens": False,
+    "router_jitter_noise": 0.01,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 32128,
+}
+SWITCH_LARGE = SWITCH | {"d_model": 1024, "d_ff": 4096, "num_heads": 16, "num_layers": 24, "num_experts": 128}
+SWITCH_LARGE |= {"num_decoder_layers": 24, "num_sparse_encoder_layers": 12, "num_sparse_decoder_layers": 12}
+SWITCH_XXL = SWITCH_LARGE | {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "dense_act_fn": "gated-gelu"}
+SWITCH_C = SWITCH | {"d_model": 2080, "d_ff": 6144, "num_heads": 30, "num_layers": 15, "num_decoder_layers": 15}
+SWITCH_C |= {"num_sparse_encoder_layers": 15, "num_sparse_decoder_layers": 15, "num_experts": 2048}
+SWITCH_C |= {"tie_word_embeddings": False}
 
 # name -> config, parameters, active parameters, bytes of keys and values per token in fp16
 PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
@@ -392,6 +429,15 @@ PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "gpt-oss-20b": (GPT_OSS_20B, 20_914_757_184, 4_187_440_704, 49_152),
     "gpt-oss-120b": (GPT_OSS_120B, 116_829_156_672, 5_711_982_912, 73_728),
     "openmoe-34b": (OPENMOE_34B, 46_270_737_408, 10_031_950_848, 393_216),
+    "switch-base-8": (SWITCH, 619_339_008, 222_977_280, 36_864),
+    "switch-base-16": (SWITCH | {"num_experts": 16}, 1_072_397_568, 223_051_008, 36_864),
+    "switch-base-32": (SWITCH | {"num_experts": 32}, 1_978_514_688, 223_198_464, 36_864),
+    "switch-base-64": (SWITCH | {"num_experts": 64}, 3_790_748_928, 223_493_376, 36_864),
+    "switch-base-128": (SWITCH | {"num_experts": 128}, 7_415_217_408, 224_083_200, 36_864),
+    "switch-base-256": (SWITCH | {"num_experts": 256}, 14_664_154_368, 225_262_848, 36_864),
+    "switch-large-128": (SWITCH_LARGE, 26_309_291_008, 740_813_824, 98_304),
+    "switch-xxl-128": (SWITCH_XXL, 394_543_476_736, 11_016_318_976, 393_216),
+    "switch-c-2048": (SWITCH_C, 1_571_327_875_360, 1_747_228_960, 115_200),
 }
 
 # The params.json of Mixtral's first release, as it was passed around, to the letter.
@@ -609,6 +655,23 @@ def test_openmoe() -> None:
     assert shapes == config.tensor_shapes()
 
 
+def test_switch() -> None:
+    config = read(SWITCH)
+    assert (config.encoder_layers, config.start_token_id, config.eos_token_ids) == (12, 0, (1,))
+    assert (config.relative_buckets, config.relative_distance, config.rotary_dim) == (32, 128, 0)
+    assert (config.sequence_capacity, config.attn_scale, config.activation, config.glu) == (64, 1.0, "relu", "none")
+    assert config.moe == MoEConfig(num_experts=8, top_k=1, renormalize=False)
+    assert config.encoder is not None
+    assert [i for i in range(12) if config.encoder.has_experts(i)] == [1, 3, 5, 7, 9, 11]
+    assert config.logit_multiplier == pytest.approx(768**-0.5)
+    silent = ("decoder_start_token_id", "eos_token_id", "expert_capacity", "num_decoder_layers", "dense_act_fn")
+    assert read(without(SWITCH, *silent, "relative_attention_num_buckets", "relative_attention_max_distance")) == config
+    assert read(SWITCH | {"expert_capacity": 0}) == replace(config, sequence_capacity=0)
+    assert read(SWITCH_C).logit_multiplier == 1
+    assert (read(SWITCH_XXL).activation, read(SWITCH_XXL).glu) == ("gelu_tanh", "two_way")
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 def test_files_of_grok_1_are_sorted_by_name() -> None:
     names = grok1.tensor_names(64)
     assert len(names) == 770
@@ -742,6 +805,17 @@ UNSUPPORTED: dict[str, tuple[Raw, str]] = {
         "original_length of YaRN",
     ),
     "gpt-oss base": (GPT_OSS_20B | {"rope_theta": 0}, "rope_theta"),
+    "switch router": (SWITCH | {"router_bias": True}, "router_bias"),
+    "switch padding": (SWITCH | {"router_ignore_padding_tokens": True}, "router_ignore_padding_tokens"),
+    "switch activation": (SWITCH | {"dense_act_fn": "gelu"}, "dense_act_fn"),
+    "switch every third": (SWITCH | {"num_sparse_encoder_layers": 4}, "num_sparse_encoder_layers"),
+    "switch unequal": (SWITCH | {"num_sparse_decoder_layers": 12}, "num_sparse_decoder_layers"),
+    # the file of switch-c-2048 as published: fewer layers in the decoder than there are with experts
+    "switch c": (SWITCH_C | {"num_decoder_layers": 12}, "num_sparse_decoder_layers is wrong; got 15; expected 1 to 12"),
+    "switch capacity": (SWITCH | {"expert_capacity": -1}, "sequence_capacity"),
+    "switch start": (SWITCH | {"decoder_start_token_id": 32128}, "start_token_id"),
+    "switch buckets": (SWITCH | {"relative_attention_num_buckets": 2}, "relative_buckets"),
+    "switch distance": (SWITCH | {"relative_attention_max_distance": 16}, "relative_distance"),
     "nested": (DBRX | {"attn_config": [1]}, "attn_config"),
 }
 
@@ -861,9 +935,9 @@ def test_params_weight_map_covers_every_weight(raw: Raw, stacked: bool) -> None:
 
 @pytest.mark.parametrize(
     ("read_one", "raw"),
-    [(read, raw) for raw in (MIXTRAL, PHI, MPT, MPT["attn_config"], QWEN, QWEN2_MOE)]
+    [(read, raw) for raw in (MIXTRAL, PHI, MPT, MPT["attn_config"], QWEN, QWEN2_MOE, SWITCH)]
     + [(params_json.read_config, json.loads(MIXTRAL_PARAMS))],
-    ids=["mixtral", "phi", "mpt", "mpt attention", "qwen", "qwen2_moe", "params.json"],
+    ids=["mixtral", "phi", "mpt", "mpt attention", "qwen", "qwen2_moe", "switch", "params.json"],
 )
 def test_no_field_value_breaks_the_reader(read_one: Callable[[Raw], ModelConfig], raw: Raw) -> None:
     """Every field in turn holds something absurd: the reader returns or raises GateworkError, and nothing else."""

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
 
 from gatework.export.build import build_engine
 from gatework.export.config import ModelConfig, MoEConfig
 from gatework.export.lower import lower_to_cpu
+from gatework.export.lower.experts import attributes_of, moe_nodes
 from gatework.export.lower.last_position import hoist_last_position
 from gatework.export.lower.packed import to_contrib
 from gatework.export.onnx_export import trace
+from gatework.plugins.errors import GateworkError
 from tests.checkpoints import make_checkpoint
 
 CONFIG = ModelConfig(
@@ -108,6 +113,19 @@ def test_normalised_q_and_k_take_one_product_and_three_inputs(qk_norm: str) -> N
     assert all(len(node.inputs) == 8 for node in model.graph if node.op_type == "CachedAttention")
     model, _ = to_contrib(model)
     assert all(None not in node.inputs[:3] for node in model.graph if node.op_type == "GroupQueryAttention")
+
+
+def test_experts_with_the_rule_of_gshard_stay_what_they_are() -> None:
+    """In float32 the operator's definition runs; the kernels for quantised experts do not know the rule."""
+    rule: dict[str, Any] = {"capacity_rule": "gshard", "capacity_factor": 2.0}
+    models = [trace(CONFIG, 32) for _ in range(2)]
+    for node in [node for model in models for node in moe_nodes(model)]:
+        for attribute in ir.convenience.convert_attributes(replace(attributes_of(node), **rule).to_onnx()):
+            node.attributes.add(attribute)
+    kept = moe_nodes(lower_to_cpu(models[0], CONFIG, "fp32", 0))
+    assert [attributes_of(node).capacity_rule for node in kept] == ["gshard"] * CONFIG.num_layers
+    with pytest.raises(GateworkError, match="quantised experts drop no choices by this rule; got gshard"):
+        lower_to_cpu(models[1], CONFIG, "int8", 32)
 
 
 def test_layer_norms_stay() -> None:

@@ -27,6 +27,22 @@ def attribute_grid(**fixed: Any) -> list[MoEAttributes]:
     return list(dict.fromkeys(cases))
 
 
+def gshard_grid() -> list[MoEAttributes]:
+    """GShard's rule with all, none and some of the second choices; its experts have no gates."""
+    fixed: dict[str, Any] = {
+        "top_k": 2,
+        "capacity_rule": "gshard",
+        "glu": "none",
+        "activation": "relu",
+        "min_capacity": 4,
+    }
+    return [
+        MoEAttributes(**fixed, capacity_factor=factor, second_threshold=threshold)
+        for factor in (0.5, 1.25)
+        for threshold in (-1.0, 0.3, 1.0)
+    ]
+
+
 def label(attributes: MoEAttributes) -> str:
     """Short test id: what differs from the defaults."""
     default = MoEAttributes(top_k=3).to_dict()

@@ -56,6 +56,12 @@ def test_kernels_in_order() -> None:
     assert launches(90, sizes._replace(T=0), dense, "bfloat16") == ()
 
 
+def test_the_rule_of_gshard_is_refused() -> None:
+    attributes = MoEAttributes(top_k=2, capacity_factor=2.0, capacity_rule="gshard")
+    with pytest.raises(GateworkError, match="GPU kernels drop no choices by this rule; got gshard"):
+        launches(90, MoESizes(T=64, D=4096, E=8, I=14336), attributes, "bfloat16")
+
+
 def test_decode_of_mixtral_by_hand() -> None:
     listed = launches(90, MoESizes(T=3, D=4096, E=8, I=14336), MoEAttributes(top_k=2), "bfloat16", has_bias=True)
     gemm_in = listed[2]

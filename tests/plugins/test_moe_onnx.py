@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe import onnx_op, reference
 from gatework.plugins.moe.spec import ATTRIBUTE_KINDS, INPUTS, MoEAttributes
-from tests.plugins.moe_cases import TOKENS, Array, assert_close, attribute_grid, label, random_inputs
+from tests.plugins.moe_cases import TOKENS, Array, assert_close, attribute_grid, gshard_grid, label, random_inputs
 
 # Everything in float32, sums of up to 50 terms in another order; errors of meaning show at 1e-3 and more.
 FLOAT32 = 3e-6
@@ -75,7 +75,7 @@ RUNTIMES = [pytest.param(run_onnxruntime, id="onnxruntime"), pytest.param(run_on
 
 
 @pytest.mark.parametrize("run", RUNTIMES)
-@pytest.mark.parametrize("attributes", attribute_grid(), ids=label)
+@pytest.mark.parametrize("attributes", [*attribute_grid(), *gshard_grid()], ids=label)
 def test_function_body(attributes: MoEAttributes, run: Any) -> None:
     model = build(attributes, random_inputs(attributes, 7))
     for T in TOKENS:

@@ -18,9 +18,9 @@ from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeDenseActDense,
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from gatework.plugins.errors import GateworkError
-from gatework.plugins.moe import reference
+from gatework.plugins.moe import reference, torch_op
 from gatework.plugins.moe.spec import CHOICES, MoEAttributes
-from tests.plugins.moe_cases import Array, assert_close, quantise, random_inputs
+from tests.plugins.moe_cases import Array, assert_close, gshard_grid, label, quantise, random_inputs
 
 # The oracles compute in float32: sums of up to 100 terms in another order. Errors of meaning show at 1e-3 and more.
 FLOAT32 = 2e-6
@@ -134,6 +134,58 @@ def test_grok_1_by_token() -> None:
             linear, linear_v = inputs["w_in"][e, :20], inputs["w_in"][e, 20:]
             want[t] += p[e] * (inputs["w_out"][e] @ (gelu_tanh(linear @ x[t]) * (linear_v @ x[t])))
     assert_close(reference.moe(attributes=attributes, **inputs), want, 1e-6)  # the routing is in float32
+
+
+def gshard_by_token(probabilities: Array, capacity: int, threshold: float) -> tuple[Array, int]:
+    """Gates [T, E] of GShard's top-2 routing and how many choices it dropped, token by token, from softmax outputs [T, E].
+
+    Written from the rule of Mesh TensorFlow's moe.py: the two best gates are divided by their sum; first choices fill their
+    experts in order; then second choices that the policy lets through, counted from the first choices that found room.
+    """
+    gates, dropped = np.zeros_like(probabilities), 0
+    used = [0] * probabilities.shape[1]
+    pairs = []
+    for row in probabilities:
+        best = max(range(len(row)), key=lambda e: (row[e], -e))
+        next_best = max((e for e in range(len(row)) if e != best), key=lambda e: (row[e], -e))
+        total = row[best] + row[next_best] + 1e-9
+        pairs.append(((best, row[best] / total), (next_best, row[next_best] / total)))
+    for t, ((e, gate), _) in enumerate(pairs):
+        if used[e] < capacity:
+            gates[t, e] = gate
+            used[e] += 1
+        else:
+            dropped += 1
+    asked = list(used)  # a second choice that finds no room is counted all the same
+    for t, (_, (e, gate)) in enumerate(pairs):
+        if threshold >= 0 and not gate > threshold:
+            continue
+        if asked[e] < capacity:
+            gates[t, e] = gate
+        else:
+            dropped += 1
+        asked[e] += 1
+    return gates, dropped
+
+
+@pytest.mark.parametrize("attributes", gshard_grid(), ids=label)
+@pytest.mark.parametrize("T", [1, 7, 33])
+def test_gshard_by_token(attributes: MoEAttributes, T: int) -> None:
+    inputs = random_inputs(attributes, T)
+    inputs["router_logits"][:, 3] += 2  # a favourite, so that the capacity binds
+    powers = np.exp(inputs["router_logits"].astype(np.float64))
+    slots = max(4, min(T, int(T * attributes.capacity_factor / 5)))
+    want, dropped = gshard_by_token(powers / powers.sum(1, keepdims=True), slots, attributes.second_threshold)
+    assert dropped or T < 33, "the capacity must bind"
+
+    got = np.zeros((T, 5), np.float32)
+    indices, weights = reference.route(inputs["router_logits"], attributes)
+    np.put_along_axis(got, indices, weights, axis=1)
+    np.testing.assert_array_equal(got != 0, want != 0)
+    assert_close(got, want, FLOAT32)
+
+    eager = torch_op.moe(attributes=attributes, **{name: torch.from_numpy(value) for name, value in inputs.items()})
+    assert_close(eager.numpy(), reference.moe(attributes=attributes, **inputs), FLOAT32)
 
 
 def openmoe_by_token(inputs: dict[str, Array], capacity: int) -> tuple[Array, int]:

@@ -45,6 +45,11 @@ SHAPES: dict[str, tuple[int, ...]] = {"x": (7, 24), "router_logits": (7, 5), "w_
         ({"capacity_factor": float("nan")}, "capacity_factor"),
         ({"capacity_factor": float("inf")}, "capacity_factor"),
         ({"min_capacity": -1}, "min_capacity"),
+        ({"capacity_rule": "top2"}, "choices or gshard"),
+        ({"capacity_rule": "gshard"}, "a capacity_factor"),
+        ({"capacity_rule": "gshard", "capacity_factor": 1.0, "top_k": 3}, "top 2"),
+        ({"second_threshold": 0.2}, "gshard"),
+        ({"capacity_rule": "gshard", "capacity_factor": 1.0, "second_threshold": 2.0}, "second_threshold"),
     ],
 )
 def test_bad_settings_are_refused(values: dict[str, Any], words: str) -> None:
@@ -105,6 +110,14 @@ def test_capacity_factor_is_a_float32() -> None:
 )
 def test_capacity(T: int, E: int, K: int, factor: float, least: int, capacity: int) -> None:
     attributes = MoEAttributes(top_k=K, capacity_factor=factor, min_capacity=least)
+    assert attributes.capacity(T, E) == capacity
+
+
+@pytest.mark.parametrize(
+    ("T", "E", "factor", "capacity"), [(7, 5, 1.0, 4), (40, 5, 1.0, 8), (33, 4, 1.25, 10), (9, 2, 4.0, 9)]
+)
+def test_capacity_of_gshard(T: int, E: int, factor: float, capacity: int) -> None:
+    attributes = MoEAttributes(top_k=2, capacity_factor=factor, min_capacity=4, capacity_rule="gshard")
     assert attributes.capacity(T, E) == capacity
 
 

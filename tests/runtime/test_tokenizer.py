@@ -137,6 +137,20 @@ def test_sentencepiece_with_tokens_of_the_files_beside_it(folders: dict[str, Pat
     assert ours.token(501) == "<|im_start|>"
 
 
+@pytest.mark.parametrize(
+    "text", ["The wrapped text", "<extra_id_0> lines in <extra_id_1> one.", "a  b</s> c", "", "é<extra_id_9>"]
+)
+def test_t5_agrees_with_transformers(text: str, tmp_path: Path) -> None:
+    """EOS behind every text, and sentinels whose ids no file tells."""
+    path = tiny.make_t5(tmp_path)
+    ours, theirs = load_tokenizer(path), AutoTokenizer.from_pretrained(path)
+    assert ours is not None
+    ids = ours.encode(text)
+    assert ids == theirs(text)["input_ids"]
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert (ours.vocab_size, ours.eos_token_id) == (310, 1)
+
+
 def test_cl100k_agrees_with_tiktoken(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     import tiktoken
     from tiktoken_ext import openai_public

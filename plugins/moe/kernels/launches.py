@@ -155,6 +155,9 @@ def _check(setting: Setting) -> None:
         raise GateworkError(
             "fp8 experts need sm_89 or newer", got=f"sm_{sm}", fix="choose precision int8 or int4 for this GPU"
         )
+    if attributes.capacity_rule != "choices":
+        fix = "use the CPU, or a capacity without that rule"
+        raise GateworkError("GPU kernels drop no choices by this rule", got=attributes.capacity_rule, fix=fix)
     if max(setting.choices, attributes.w_in_rows(sizes.I) * sizes.D) > MOST_CHOICES:
         raise GateworkError("the MoE call is too large for 32-bit indices", got=sizes, expected="T*K, G*I*D < 2^31")
 
