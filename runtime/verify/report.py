@@ -155,13 +155,15 @@ class VerifyReport:
         return table(rows, "<>>>><<")
 
     def _stages(self) -> str:
-        """Of every tensor the layer that comes closest to its bound, or is furthest beyond it."""
+        """Of every tensor the layer that comes closest to its bound, or is furthest beyond it; without bounds, the most off."""
         rows: list[tuple[str, ...]] = [("step", "layers", "error", "expected", "bound", "accumulated", "tightest", "")]
         for tensor in dict.fromkeys(stage.tensor for stage in self.stages):
             same = [stage for stage in self.stages if stage.tensor == tensor]
-            tight = max(same, key=lambda stage: (not stage.passed, stage.share))
+            tight = max(same, key=lambda stage: (not stage.passed, stage.share, stage.accumulated))
             failed = [str(stage.layer) for stage in same if not stage.passed and stage.layer is not None]
-            verdict = "ok" if all(stage.passed for stage in same) else f"FAILED {', '.join(failed)}".rstrip()
+            judged = "ok" if any(math.isfinite(stage.bound) for stage in same) else ""
+            passed = all(stage.passed for stage in same)
+            verdict = judged if passed else f"FAILED {', '.join(failed)}".rstrip()
             numbers = (tight.local, tight.expected, tight.bound, tight.accumulated)
             place = "" if tight.layer is None else f"layer {tight.layer}"
             rows.append(

@@ -176,6 +176,10 @@ def test_engines_against_each_other(sound: tuple[Path, Path], tmp_path: Path) ->
     assert report.stages[0].tensor == "embedding"
     assert 0 < report.stages[0].accumulated < 0.02
     assert "the first is embedding" in named(report, "steps that differ").note
+    most = max(stage.accumulated for stage in report.stages if stage.tensor == "experts")
+    (row,) = (line.split() for line in str(report).splitlines() if line.startswith("experts "))
+    assert row[:3] == ["experts", "2", f"{most:.2g}"]
+    assert row[-1] != "ok"  # there is nothing to judge it by
     json.dumps(report.to_dict(), allow_nan=False)
     assert not compare_engines(other, engine, tokens=4, bounds=Bounds(mean_kl=1e-9)).passed
     with pytest.raises(GateworkError, match="the engines differ in num_layers; got 2 and 1"):
