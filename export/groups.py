@@ -6,6 +6,7 @@ GROUP_SIZES = (256, 128, 64, 32, 16)
 DEFAULT_GROUPS = {"int8": 128, "int4": 32}  # of ONNX Runtime; on CPUs activations are rounded in the same groups
 GPU_GROUPS = {"int4": 128}  # TensorRT's; the other formats have one scale per row or matrix
 FINE_BITS, FINE_GROUP = 8, 128  # at least, of what `fine` names
+ATTENTION = (".attn.", ".cross.")  # in names of its weights
 PADDED_GROUP = 32  # of rows that no group size divides; the last group is filled with zeros
 
 
@@ -21,7 +22,7 @@ def fine(weight: str, *, experts: bool) -> bool:
     what it reads of Mixtral's weights, but brings most of the error: tiny-mixtral's KL divergence falls from 0.022 to 0.007 in
     int4, and from 0.006 to 0.001 in fp8.
     """
-    return weight in ("lm_head.weight", "embed.weight") or (experts and ".attn." in weight)
+    return weight in ("lm_head.weight", "embed.weight") or (experts and any(part in weight for part in ATTENTION))
 
 
 def dense_format(weight: str, bits: int, group: int, *, experts: bool) -> tuple[int, int]:

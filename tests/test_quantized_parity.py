@@ -65,7 +65,8 @@ def round_weights(decoder: Decoder, bits: int, group: int, scales: torch.dtype =
             weight.data = dequantize_rows(codes, steps.float(), bits, rows.shape[1]).view_as(weight)
         else:
             table = name == "embed.weight"  # ONNX Runtime's, all else is in the layout of our kernels
-            fine = table or name == "lm_head.weight" or (".attn." in name and decoder.config.moe is not None)
+            attention = ".attn." in name or ".cross." in name
+            fine = table or name == "lm_head.weight" or (attention and decoder.config.moe is not None)
             form = (8, 128) if fine and bits == 4 else (bits, group)
             weight.data = rounded(weight, *form, torch.float32 if table else scales)
 

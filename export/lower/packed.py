@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gatework.export.groups import PADDED_GROUP, dense_format, fit_group
+from gatework.export.groups import ATTENTION, PADDED_GROUP, dense_format, fit_group
 from gatework.export.lower.cached_attention import to_group_query_attention
 from gatework.export.lower.experts import attributes_of, moe_nodes
 from gatework.export.lower.graph import MS, Builder, linear_weight, replace
@@ -67,7 +67,7 @@ def to_packed_matmul(model: ir.Model, *, bits: int, group: int, experts: bool) -
             "K": K,
             "bits": width,
             "group_size": size,
-            "wide": int(width == WIDE_BITS and (name == _HEAD or ".attn." in name or ".cross." in name)),
+            "wide": int(width == WIDE_BITS and (name == _HEAD or any(part in name for part in ATTENTION))),
         }
         (y,) = Builder(model.graph, node).op(cpu_ops.MATMUL, node.inputs[0], *packed, domain=DOMAIN, **settings)
         replace(node.outputs[0], y)
