@@ -208,9 +208,6 @@ def export_onnx(
     checkpoint = Checkpoint.open(source)
     if golden is not None and checkpoint.config.encoder_layers:
         raise GateworkError("golden files are for models without an encoder", fix="leave --golden out")
-    if checkpoint.config.encoder_layers and (link or out is None):
-        what, fix = "graphs of a model with an encoder hold weights of their own", "use --out DIR without --link"
-        raise GateworkError(what, got="--link, or the checkpoint's own folder", fix=fix)
     options = BuildOptions(target="cpu", precision="fp32", max_seq=max_seq).fitted_to(checkpoint.config)
     assert options.max_seq is not None
     if out is None:
@@ -222,12 +219,15 @@ def export_onnx(
     with place as directory:
         model = trace(checkpoint.config, options.max_seq, dtype=dtype, all_logits=all_logits)
         encoder = trace_encoder(checkpoint.config, dtype=dtype) if checkpoint.config.encoder_layers else None
-        for graph in (model, *([encoder] if encoder is not None else [])):
+        graphs = [model] if encoder is None else [model, encoder]
+        for graph in graphs:
             add_function_body(graph)
         facts = weight_facts(model, checkpoint.config, encoder)
-        shared = _refer(model, checkpoint, None if out is None else directory) if link or out is None else None
+        shared = _refer(graphs, checkpoint, None if out is None else directory) if link or out is None else None
         if out is None:
-            write_model(model, checkpoint, directory, files=engine_format.IN_PLACE[:2], progress=progress)
+            write_model(
+                model, checkpoint, directory, encoder=encoder, files=engine_format.IN_PLACE[:2], progress=progress
+            )
         else:
             names = write_model(model, checkpoint, directory, encoder=encoder, progress=progress)
             precision = _PRECISIONS[dtype]
@@ -250,10 +250,10 @@ def export_onnx(
     return checkpoint.path if out is None else Path(out)
 
 
-def _refer(model: ir.Model, checkpoint: Checkpoint, directory: Path | None) -> References:
-    """Let the model read the checkpoint's files: in their own folder, or shared with `directory`."""
+def _refer(models: list[ir.Model], checkpoint: Checkpoint, directory: Path | None) -> References:
+    """Let the models read the checkpoint's files: in their own folder, or shared with `directory`."""
     if directory is None:
-        return refer(model, checkpoint, "in place", lambda path: path.relative_to(checkpoint.path).as_posix())
+        return refer(models, checkpoint, "in place", lambda path: path.relative_to(checkpoint.path).as_posix())
     files = {path: f"{engine_format.CHECKPOINT}/{path.name}" for path in checkpoint.source.files}
     (directory / engine_format.CHECKPOINT).mkdir()
     try:
@@ -261,7 +261,7 @@ def _refer(model: ir.Model, checkpoint: Checkpoint, directory: Path | None) -> R
     except OSError as error:
         (directory / engine_format.CHECKPOINT).rmdir()
         return References(f"copied, since the files cannot be shared: {error.strerror}")
-    shared = refer(model, checkpoint, how, files.__getitem__)
+    shared = refer(models, checkpoint, how, files.__getitem__)
     for path in files.keys() - shared.starts.keys():
         (directory / files[path]).unlink()
     return shared

@@ -7,7 +7,7 @@ positions, casting and scaling are nodes at the head of the graph: Concat, Trans
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,39 +34,46 @@ Locate = Callable[[Path], str]
 
 @dataclass(slots=True)
 class References:
-    """What a graph reads from a checkpoint's files.
+    """What graphs read from a checkpoint's files.
 
     how: the files got their second names (`gatework.export.sharing`), or "in place", or why all was copied in the end.
-    starts: each file with its first byte that is read. nbytes: read in all. written: weights that are not, by reason.
+    starts: each file with its first byte that is read. places: file, offset and size of each range that is read. written:
+    weights that are not read there, by reason.
     """
 
     how: str
     starts: dict[Path, int] = field(default_factory=dict)
-    nbytes: int = 0
+    places: set[tuple[Path, int, int]] = field(default_factory=set)
     written: dict[str, list[str]] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes read in all; those that two graphs read count once."""
+        return sum(nbytes for _, _, nbytes in self.places)
 
-def refer(model: ir.Model, checkpoint: Checkpoint, how: str, locate: Locate) -> References:
+
+def refer(models: Sequence[ir.Model], checkpoint: Checkpoint, how: str, locate: Locate) -> References:
     """Let every weight that lies plainly in the checkpoint's files be read from there.
 
-    Pre: the canonical graph. Post: such weights have no pack any more; one that lies in its file just as the graph wants it is
-    an initializer still, of the others nodes make values of their names. The rest is as it was, for `write_model`.
+    Pre: canonical graphs, a decoder's and its encoder's. Post: such weights have no pack any more; one that lies in its file
+    just as the graph wants it is an initializer still, of the others nodes make values of their names. The rest is as it was,
+    for `write_model`.
 
     Args:
         how: for the result.
         locate: the ONNX location, relative to the model's folder, that a file of the checkpoint will have.
     """
     found = References(how)
-    build = _Build(model, locate, found)
-    for value in [value for value in model.graph.initializers.values() if is_weight(value)]:
+    builds = [_Build(model, locate, found) for model in models]
+    for build, value in [(each, value) for each in builds for value in each.weights()]:
         assert value.name is not None
         weight = checkpoint.weights[value.name]
         tensors = {piece.name: checkpoint.source.tensors[piece.name] for piece in weight.pieces}
         reasons = [reason for reason in (why_not(piece, tensors[piece.name]) for piece in weight.pieces) if reason]
-        if reasons:
-            found.written.setdefault(reasons[0], []).append(value.name)
-        else:
+        if not reasons:
             build.weight(value, weight, tensors)
+        elif value.name not in (names := found.written.setdefault(reasons[0], [])):
+            names.append(value.name)
     return found
 
 
@@ -91,6 +98,10 @@ class _Build:
     def __init__(self, model: ir.Model, locate: Locate, found: References) -> None:
         self.graph, self.locate, self.found = model.graph, locate, found
         self.nodes = Builder(model.graph, model.graph[0])
+
+    def weights(self) -> list[ir.Value]:
+        """Those of the graph."""
+        return [value for value in self.graph.initializers.values() if is_weight(value)]
 
     def weight(self, value: ir.Value, weight: Weight, tensors: dict[str, Stored]) -> None:
         """Make the graph read `value` from the files."""
@@ -201,7 +212,7 @@ class _Build:
         row, start = math.prod(stored.shape[1:]) * kind.bitwidth // 8, stored.offset
         nbytes = (last - first) * row
         self.found.starts[stored.path] = min(start, self.found.starts.get(stored.path, start))
-        self.found.nbytes += nbytes
+        self.found.places.add((stored.path, start + first * row, nbytes))
         place = self.locate(stored.path)
         return ir.ExternalTensor(place, start + first * row, nbytes, kind, shape=ir.Shape(shape), name=name)
 

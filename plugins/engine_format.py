@@ -17,7 +17,7 @@ ENCODER = "encoder.onnx"  # of an encoder-decoder model; reads the same weight f
 KERNELS = "kernels"  # a folder in an engine: compiled GPU kernels
 CHECKPOINT = "checkpoint"  # a folder in a portable model: files that it shares with the checkpoint it was made from
 # Of a portable model inside the checkpoint's own folder: names that no reader of a checkpoint looks for, the graph last.
-IN_PLACE = ("model.onnx.weights", "model.onnx.experts", "model.onnx")
+IN_PLACE = ("model.onnx.weights", "model.onnx.experts", ENCODER, "model.onnx")
 MAX_HEAD = 8 << 20  # bytes of a shared file, those before its weights, that are hashed at most
 
 STAGES = "stages"  # field of a staged engine's manifest: layers [first, end) and weight_bytes of each stage

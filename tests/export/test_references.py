@@ -34,6 +34,7 @@ from tests.golden.grok1 import weights as grok1
 from tests.golden.openmoe import weights as openmoe
 from tests.mxfp4_format import write_release
 from tests.originals import ORIGINALS
+from tests.switch import make_switch
 from tests.t5x_format import write_t5x
 
 QWEN = Path(__file__).parents[1] / "golden" / "qwen"
@@ -67,7 +68,7 @@ def check_weights(path: Path, dtype: Dtype = "float32") -> References:
     outputs = [node.outputs[0] for node in nodes]
     graph = ir.Graph([], outputs, nodes=nodes, initializers=values, opset_imports={"": 24}, name="weights")
     model = ir.Model(graph, ir_version=11)
-    found = refer(model, checkpoint, "in place", lambda file: file.relative_to(path).as_posix())
+    found = refer([model], checkpoint, "in place", lambda file: file.relative_to(path).as_posix())
     write_model(model, checkpoint, path, files=IN_PLACE[:2])
     onnx.checker.check_model(path / "model.onnx", full_check=True)
     session = ort.InferenceSession(path / "model.onnx", providers=["CPUExecutionProvider"])
@@ -134,6 +135,21 @@ def test_experts_of_gpt_oss(tmp_path: Path, packed: bool) -> None:
     found = check_weights(released if packed else floats)
     assert all(".moe." in name for names in found.written.values() for name in names)
     assert bool(found.written) == packed
+
+
+def test_switch(tmp_path: Path) -> None:
+    """Encoder and decoder read the same files, and onnx takes both graphs."""
+    path, params = make_switch(tmp_path), SamplingParams(max_tokens=8, temperature=0)
+    found: list[References] = []
+    copied, linked = (export_onnx(path, tmp_path / f"{link}", max_seq=16, link=link) for link in (False, True))
+    want = LLM(copied).generate([[5, 6, 7]], params)[0].token_ids
+    assert LLM(linked).generate([[5, 6, 7]], params)[0].token_ids == want
+    shutil.rmtree(linked)
+    export_onnx(path, None, max_seq=16, report=found.append)
+    assert found[0].written == {}
+    assert found[0].nbytes == Checkpoint.open(path).nbytes
+    for name in ("model.onnx", "encoder.onnx"):
+        onnx.checker.check_model(path / name, full_check=True)
 
 
 @pytest.mark.parametrize("model", ["mixtral", "grok1", "ckpt-0"])
