@@ -22,8 +22,10 @@ def test_bundled_checkpoint() -> None:
 
 
 # A quarter of the held-out text keeps this short; `make demo` and benchmarks/README.md have the whole of it.
-@pytest.mark.parametrize(("precision", "bound"), [("int8", 0.005), ("int4", 0.03)])
-def test_perplexity(tmp_path: Path, precision: str, bound: float) -> None:
+@pytest.mark.parametrize(
+    ("precision", "bound", "kl", "top1"), [("int8", 0.005, 0.001, 0.98), ("int4", 0.01, 0.009, 0.93)]
+)
+def test_perplexity(tmp_path: Path, precision: str, bound: float, kl: float, top1: float) -> None:
     engine = build_engine(CHECKPOINT, tmp_path / "engine", precision=precision, max_seq=256)
     report = verify(engine, CHECKPOINT, text=TEXT[: len(TEXT) // 4])
     failed = [check for check in report.checks if not check.passed]
@@ -31,3 +33,5 @@ def test_perplexity(tmp_path: Path, precision: str, bound: float) -> None:
     (change,) = [check for check in report.checks if check.name == "perplexity change"]
     assert change.observed <= bound
     assert change.compared > 5000
+    assert report.quality["kl"]["mean"] <= kl
+    assert report.quality["top1"] >= top1
