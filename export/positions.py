@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gatework.export.config import ModelConfig
+from gatework.export.yarn import YarnConfig
 
 
 def rope_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
@@ -26,7 +27,7 @@ def rope_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
     frequencies = [1.0 / (base**exponents) for base in bases]
     factor = 1.0
     if (yarn := config.yarn) is not None:
-        frequencies, factor = [yarn.slowed(each, config.rope_theta) for each in frequencies], yarn.attention_factor
+        frequencies, factor = [_slowed(yarn, each, config.rope_theta) for each in frequencies], yarn.attention_factor
     angles = torch.cat([torch.outer(torch.arange(length).float(), each) for each in frequencies])
     return angles.cos() * factor, angles.sin() * factor
 
@@ -39,6 +40,21 @@ def rope_positions(config: ModelConfig, position_ids: Tensor, prompt_lengths: Te
     steps = range(len(config.ntk_alphas(max_seq)) - 1)
     passed = [(prompt_lengths > config.ntk_length << step).to(torch.int64) for step in steps]
     return position_ids + sum(passed, torch.zeros_like(prompt_lengths)) * max_seq
+
+
+def _slowed(yarn: YarnConfig, frequencies: Tensor, base: float) -> Tensor:
+    """Frequencies [R/2] of the pairs of R values that rotate, which are base^(-2j/R)."""
+    R = 2 * len(frequencies)
+    begin, end = (
+        R * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
+        for turns in (yarn.fast, yarn.slow)
+    )
+    if yarn.truncate:
+        begin, end = math.floor(begin), math.ceil(end)
+    begin, end = max(begin, 0), min(end, R - 1)
+    pairs = torch.arange(len(frequencies)).float()
+    ramp = ((pairs - begin) / (end - begin if end != begin else 0.001)).clamp(0, 1)  # 1: slowed
+    return frequencies / yarn.factor * ramp + frequencies * (1 - ramp)
 
 
 def query_scale(config: ModelConfig, position_ids: Tensor) -> Tensor | None:

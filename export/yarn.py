@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from gatework.plugins.errors import GateworkError
 
 _LONGEST = 1 << 24
@@ -42,17 +39,3 @@ class YarnConfig:
         if not (type(self.original_length) is int and 2 <= self.original_length <= _LONGEST):
             expected = f"2 to {_LONGEST}"
             raise GateworkError("original_length of YaRN is out of range", got=self.original_length, expected=expected)
-
-    def slowed(self, frequencies: Tensor, base: float) -> Tensor:
-        """Frequencies [R/2] of the pairs of R values that rotate, which are base^(-2j/R)."""
-        R = 2 * len(frequencies)
-        begin, end = (
-            R * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
-            for turns in (self.fast, self.slow)
-        )
-        if self.truncate:
-            begin, end = math.floor(begin), math.ceil(end)
-        begin, end = max(begin, 0), min(end, R - 1)
-        pairs = torch.arange(len(frequencies)).float()
-        ramp = ((pairs - begin) / (end - begin if end != begin else 0.001)).clamp(0, 1)  # 1: slowed
-        return frequencies / self.factor * ramp + frequencies * (1 - ramp)

@@ -104,12 +104,12 @@ def test_other_families(tmp_path: Path, model: str, precision: str) -> None:
     assert layers["counts"]["KV_CACHE_UPDATE"] == 4
     every = map(tuple, layers["products"].values())
     *products, head = (pair for pair in every if pair != ("FLOAT", "FLOAT"))  # but for routers
-    expected = {(STORED["int8" if precision == "int8" else "bf16"], STORED[precision])}
-    assert set(products) == (
-        expected | {("BF16", "INT8")} if precision == "int4" else expected
-    )  # attention beside experts
-    assert head == {"int8": ("INT8", "INT8"), "bf16": ("BF16", "BF16"), "int4": ("BF16", "INT8")}[precision]
     config = Checkpoint.open(path).config
+    expected = {(STORED["int8" if precision == "int8" else "bf16"], STORED[precision])}
+    if precision == "int4" and config.moe is not None:
+        expected.add(("BF16", "INT8"))  # attention beside experts
+    assert set(products) == expected
+    assert head == {"int8": ("INT8", "INT8"), "bf16": ("BF16", "BF16"), "int4": ("BF16", "INT8")}[precision]
     group = 128 if precision == "int4" else 0
     assert sum(gpu_weight_bytes(config, precision, group)) == manifest_of(engine)["weight_bytes"]["total"]
 

@@ -139,7 +139,7 @@ def test_build_says_what_it_made(tmp_path: Path, run: Run) -> None:
     assert out.startswith(f"built {tmp_path / 'engine'}: int4 for cpu, ")
     manifest = json.loads((tmp_path / "engine" / "manifest.json").read_text())
     assert manifest["limits"] == {"max_batch": 8, "max_seq": 64, "prefill_chunk": 64}
-    assert manifest["tensors"]["embed.weight.scales"]["shape"] == [128, 64 // 16]
+    assert manifest["tensors"]["layers.0.attn.o.weight.scales"]["shape"] == [64 // 16, 64 // 16, 16]
     assert run("build", checkpoint, "--out", tmp_path / "engine", "--force", "--quiet") == ""
 
 
@@ -278,8 +278,8 @@ def test_inspect_params_json(tmp_path: Path, run: Run) -> None:
     assert run("inspect", tmp_path).splitlines()[1:] == out.splitlines()[1:]
     facts = json.loads(run("inspect", tmp_path / "params.json", "--json", "--fits", "93 GB,94GB,1TiB"))
     assert facts["num_parameters"] == 46_702_792_704
-    moe = {"num_experts": 8, "top_k": 2, "renormalize": True, "shared_width": None}
-    assert facts["model"]["moe"] == moe
+    moe = {"num_experts": 8, "top_k": 2, "renormalize": True, "shared_width": None, "bias": False}
+    assert facts["model"]["moe"] == moe | {"alpha": 1.0, "beta": 0.0, "limit": 0.0}
     assert facts["weight_bytes"]["bf16"] == 93_405_585_408
     assert facts["kv_bytes_per_token"] == {"fp32": 262_144, "bf16": 131_072}
     assert facts["kv_bytes_at_context"]["bf16"] == 131_072 * 32_768
