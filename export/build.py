@@ -18,7 +18,7 @@ from gatework.export.golden import require_polygraphy, write_golden
 from gatework.export.lower import CUDA_DTYPES, lower_to_cpu, lower_to_cuda
 from gatework.export.lower.experts import moe_nodes
 from gatework.export.lower.packed import to_contrib
-from gatework.export.materialize import write_model
+from gatework.export.materialize import DENSE, EXPERTS, write_model
 from gatework.export.onnx_export import add_function_body, trace, trace_encoder
 from gatework.export.options import BuildOptions
 from gatework.export.references import References, refer
@@ -224,25 +224,11 @@ def export_onnx(
             add_function_body(graph)
         facts = weight_facts(model, checkpoint.config, encoder)
         shared = _refer(graphs, checkpoint, None if out is None else directory) if link or out is None else None
-        if out is None:
-            write_model(
-                model, checkpoint, directory, encoder=encoder, files=engine_format.IN_PLACE[:2], progress=progress
-            )
-        else:
-            names = write_model(model, checkpoint, directory, encoder=encoder, progress=progress)
-            precision = _PRECISIONS[dtype]
-            finish_engine(
-                directory,
-                names,
-                checkpoint,
-                options,
-                inputs,
-                tools,
-                facts,
-                target="onnx",
-                precision=precision,
-                shared=shared,
-            )
+        files = (DENSE, EXPERTS) if out is not None else engine_format.IN_PLACE[:2]
+        names = write_model(model, checkpoint, directory, encoder=encoder, files=files, progress=progress)
+        if out is not None:
+            kind = {"target": "onnx", "precision": _PRECISIONS[dtype]}
+            finish_engine(directory, names, checkpoint, options, inputs, tools, facts, shared=shared, **kind)
         if shared is not None and report is not None:
             report(shared)
         if golden is not None:

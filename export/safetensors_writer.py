@@ -79,7 +79,7 @@ class _Blocks:
     """Writes a file of `size` bytes, each byte once and in any order, in whole blocks of 2 MiB.
 
     Linux keeps what one such write brings as one huge page, if the file system can (ext4 since 6.16, XFS): weights mapped
-    from the file are then read with fewer misses of the TLB, which is a tenth and more of a decode step.
+    from the file are then read with fewer misses of the TLB.
     """
 
     SIZE = 2 << 20

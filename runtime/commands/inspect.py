@@ -164,6 +164,12 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
         ("rotary base", f"{config.rope_theta:,.10g}" if config.rotary_dim else f"none, {_bias(config)}"),
         ("norm", f"{'RMSNorm' if config.norm == 'rms' else 'LayerNorm'}, epsilon {config.norm_eps:g}"),
     ]
+    return rows + _features(config)
+
+
+def _features(config: ModelConfig) -> list[tuple[str, str]]:
+    """What few models have."""
+    rows: list[tuple[str, str]] = []
     if config.qk_norm is not None:
         rows.append(("q, k normalised", "each head by itself" if config.qk_norm == "head" else "all heads as one"))
     if config.rope_dim is not None:

@@ -79,14 +79,7 @@ def verify(
     engine = Engine.open(engine_dir)
     checkpoint = Checkpoint.open(os.fspath(checkpoint_dir))
     _check_pair(engine, checkpoint, check_fingerprint)
-    if bounds is None:
-        bounds = _default_bounds(engine)
-        if text is None:  # random tokens say nothing of quality
-            bounds = replace(bounds, mean_kl=None, top1=None)
-    judged = bounds if text is not None else replace(bounds, perplexity=None)
-    if engine.model.get("encoder_layers") and judged == Bounds():
-        got, fix = f"{engine.manifest['precision']}, no text, logits alone", "give --text, or bounds of your own"
-        raise GateworkError("nothing of this engine could be judged", got=got, fix=fix)
+    bounds = _bounds(engine, bounds, has_text=text is not None)
     plan = make_plan(engine, text, prompts, tokens, window, taps=shows_inside(engine))
     with work_folder(None if work is None else Path(work)) as folder:
         kept = Work(folder, _key(engine, checkpoint, plan, threads))
@@ -191,6 +184,18 @@ def _check_pair(engine: Engine, checkpoint: Checkpoint, check_fingerprint: bool)
             raise GateworkError(f"engine and reference differ in {name}", got=f"{ours} and {theirs}")
     if (engine.model["moe"] or {}).get("num_experts") != (checkpoint.config.moe and checkpoint.config.moe.num_experts):
         raise GateworkError("engine and reference differ in their experts")
+
+
+def _bounds(engine: Engine, given: Bounds | None, *, has_text: bool) -> Bounds:
+    """Those given, or the engine's; there must be something that they judge."""
+    bounds = given or _default_bounds(engine)
+    if given is None and not has_text:  # random tokens say nothing of quality
+        bounds = replace(bounds, mean_kl=None, top1=None)
+    judged = bounds if has_text else replace(bounds, perplexity=None)
+    if engine.model.get("encoder_layers") and judged == Bounds():
+        got, fix = f"{engine.manifest['precision']}, no text, logits alone", "give --text, or bounds of your own"
+        raise GateworkError("nothing of this engine could be judged", got=got, fix=fix)
+    return bounds
 
 
 def _default_bounds(engine: Engine) -> Bounds:
