@@ -17,8 +17,9 @@ from gatework.export.config import Dtype, ModelConfig
 from gatework.export.golden import require_polygraphy, write_golden
 from gatework.export.lower import CUDA_DTYPES, lower_to_cpu, lower_to_cuda
 from gatework.export.lower.experts import moe_nodes
+from gatework.export.lower.fused import fuse_into_kernels
 from gatework.export.lower.packed import to_contrib
-from gatework.export.materialize import DENSE, EXPERTS, write_model
+from gatework.export.materialize import DENSE, EXPERTS, GRAPH, write_model
 from gatework.export.onnx_export import add_function_body, trace, trace_encoder
 from gatework.export.options import BuildOptions
 from gatework.export.references import References, refer
@@ -168,11 +169,23 @@ def _write_lowered(
             add_function_body(graph)
     names = write_model(model, checkpoint, directory, encoder=encoder, progress=progress)
     facts = weight_facts(model, config, encoder)
-    model, packed = to_contrib(model) if encoder is None else (model, False)
-    if packed:  # the same for machines without the kernels' library
-        ir.save(model, directory / engine_format.FALLBACK)
-        names.append(engine_format.FALLBACK)
+    if options.target == "cpu":
+        names += _finish_graphs(model, encoder, directory)
     return names, facts
+
+
+def _finish_graphs(model: ir.Model, encoder: ir.Model | None, directory: Path) -> list[str]:
+    """Write the graph for machines without the kernels' library, and those for machines with it anew; returns new names."""
+    names = []
+    if encoder is None:
+        contrib, packed = to_contrib(model.clone())
+        if packed:
+            ir.save(contrib, directory / engine_format.FALLBACK)
+            names.append(engine_format.FALLBACK)
+    for graph, name in ((model, GRAPH), (encoder, engine_format.ENCODER)):
+        if graph is not None and fuse_into_kernels(graph)[1]:
+            ir.save(graph, directory / name)
+    return names
 
 
 def export_onnx(

@@ -6,17 +6,27 @@ wide (1: activations have 16 bits, else 8).
     x         [..., K]                        float32
     w         [blocks, steps, 16, 4]          uint8     blocks of 16 rows of W; steps of 4 (8 bits) or 8 (4 bits) columns
     w_scale   [blocks, groups, 16]            bfloat16
+    gamma     [K]                             float32   optional, a norm's weight: the product is of norm(x)
+    skip      like x                          float32   optional, is added to x first
+    y         [..., N]                        float32
+    sum       like x                          float32   x + skip, where that is given
+
+With gamma there are the attributes epsilon, and centred (0: RMS norm, 1: layer norm, without a bias).
 
 `gatework::PackedMoE` version 1: gatework::MoE on such weights. Attributes: those of MoE but weight_format, and bits,
-hidden_size D, expert_width I, num_experts E.
+hidden_size D, expert_width I, num_experts E, and those of the norm.
 
-    x             [T, D]                                         float32
-    router_logits [T, E]                                         float32
+    x             [..., D]                                       float32   T tokens
+    router_logits [T, E]                                         float32   or, in its place, `router`
     w_in          [E, G, blocks of I, steps of D, 16, 4]         uint8     G matrices: gate, up (see `spec`)
     w_in_scale    [E, G, blocks of I, groups of D, 16]           bfloat16
     w_out         [E, blocks of D, steps of I, 16, 4]            uint8
     w_out_scale   [E, blocks of D, groups of I, 16]              bfloat16
-    b_in, b_out   [E, G * I], [E, D]                             float32, optional
+    b_in, b_out   [E, G * I], [E, D]                             float32   optional
+    router        [E, D]                                         float32   optional, makes the logits of (normalised) x
+    gamma, skip   [D], like x                                    float32   optional, as above
+    y, sum        like x                                         float32   sum only with skip
+    logits        [T, E]                                         float32   only with router
 
 `gatework::CachedAttention` version 1: rotary positions, the write into the cache and grouped-query attention. Attributes:
 num_heads H, kv_num_heads Hkv, scale, softcap (0: none; else scores become c * tanh(score / c)), window (0: none; else the keys
@@ -33,8 +43,9 @@ that a query sees, its own included).
     present_k, _v like past_k                           a caller may bind them to the memory of past_k and past_v
 
 The layout of a block is written down in cpu/layout.h. Activations are quantised to int8 per token and group; to 16 bits are
-those inside an expert, whose error would weigh most, and those of `wide` products. Products are sums of integers, attention
-adds in one order: the same token gives the same bits in any company, on any number of threads and on any processor.
+those inside an expert, whose error would weigh most, and those of `wide` products. Products are sums of integers; norms,
+routers and attention add in one order: the same token gives the same bits in any company, on any number of threads and on
+any processor.
 """
 
 from __future__ import annotations

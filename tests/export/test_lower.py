@@ -16,9 +16,11 @@ from gatework.export.build import build_engine
 from gatework.export.config import ModelConfig, MoEConfig
 from gatework.export.lower import lower_to_cpu
 from gatework.export.lower.experts import attributes_of, moe_nodes
+from gatework.export.lower.fused import fuse_into_kernels
 from gatework.export.lower.last_position import hoist_last_position
 from gatework.export.lower.packed import to_contrib
 from gatework.export.onnx_export import trace
+from gatework.plugins.engine_format import graph_taps
 from gatework.plugins.errors import GateworkError
 from tests.checkpoints import make_checkpoint
 
@@ -66,6 +68,34 @@ def test_nothing_large_stays_in_float(precision: str) -> None:
         "ReduceMax",  # of the lengths that it wants
     ):
         assert ops[gone] == 0, gone
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_norms_and_routers_become_part_of_the_kernels(norm: str) -> None:
+    config = with_changes(norm=norm)
+    model = lower_to_cpu(trace(config, 32), config, "int8", 32)
+    model, modified = fuse_into_kernels(model)
+    assert modified
+    ops = Counter(node.op_type for node in model.graph)
+    assert (
+        sum(ops.values()) == 1 + 4 * 3 + 1 + 2
+    )  # embedding; q|k|v, attention, o, experts; head; the last position's sum
+    assert all(ops[gone] == 0 for gone in ("Gemm", "Reshape", "RMSNormalization", "LayerNormalization"))
+    made = {value.name for node in model.graph for value in node.outputs}
+    assert set(graph_taps(config.to_dict())) <= made
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({"parallel": True}, CONFIG.num_layers),  # read by attention and MLP; that before the head is the head's alone
+        ({"bias": "all", "norm": "layer"}, 2 * CONFIG.num_layers + 1),  # they have biases
+    ],
+)
+def test_other_norms_stay(changes: dict[str, object], left: int) -> None:
+    config = with_changes(moe=None, **changes)
+    model, _ = fuse_into_kernels(lower_to_cpu(trace(config, 32), config, "int8", 32))
+    assert sum("Normalization" in node.op_type for node in model.graph) == left
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

@@ -40,12 +40,36 @@ def _constant(name: str, kind: int, array: Array) -> TensorProto:
     return helper.make_tensor(name, kind, array.shape, array.tobytes(), raw=True)
 
 
-def model_of(op_type: str, inputs: dict[str, Array], attributes: dict[str, Any], width: int) -> onnx.ModelProto:
-    """A graph of the node; x and router_logits are its inputs, all else is constant."""
+ROUTED = (
+    "x",
+    "router_logits",
+    "w_in",
+    "w_in_scale",
+    "w_out",
+    "w_out_scale",
+    "b_in",
+    "b_out",
+    "router",
+    "gamma",
+    "skip",
+)
+MULTIPLIED = ("x", "w", "w_scale", "gamma", "skip")  # inputs of the two operators
+
+
+def model_of(
+    op_type: str,
+    inputs: dict[str, Array],
+    attributes: dict[str, Any],
+    width: int,
+    outputs: dict[str, int] | None = None,
+) -> onnx.ModelProto:
+    """A graph of the node; x, router_logits and skip are its inputs, all else is constant. outputs: more, and their widths."""
     kinds = {np.dtype(np.float32): FLOAT, np.dtype(np.uint8): UINT8, np.dtype(np.uint16): BFLOAT16}
-    fed = [name for name in ("x", "router_logits") if name in inputs]
+    fed = [name for name in ("x", "router_logits", "skip") if name in inputs]
     rest = {name: array for name, array in inputs.items() if name not in fed}
-    node = helper.make_node(op_type, list(inputs), ["y"], domain="gatework", **attributes)
+    names = [name if name in inputs else "" for name in (ROUTED if op_type == "PackedMoE" else MULTIPLIED)]
+    widths = {"y": width} | (outputs or {})
+    node = helper.make_node(op_type, names, list(widths), domain="gatework", **attributes)
     graph = helper.make_graph(
         [node],
         "one",
@@ -53,7 +77,13 @@ def model_of(op_type: str, inputs: dict[str, Array], attributes: dict[str, Any],
             helper.make_tensor_value_info(name, FLOAT, [None] * (inputs[name].ndim - 1) + [inputs[name].shape[-1]])
             for name in fed
         ],
-        [helper.make_tensor_value_info("y", FLOAT, [None] * (inputs["x"].ndim - 1) + [width])],
+        [
+            helper.make_tensor_value_info(
+                name, FLOAT, None if name == "logits" else [None] * (inputs["x"].ndim - 1) + [size]
+            )
+            for name, size in widths.items()
+            if name
+        ],
         [_constant(name, kinds[array.dtype], array) for name, array in rest.items()],
     )
     imports = [helper.make_opsetid("", 21), helper.make_opsetid("gatework", 1)]
@@ -99,6 +129,43 @@ def matmul_model(
     return model_of("PackedMatMul", inputs, {"N": N, "K": K, "bits": bits, "group_size": group, "wide": wide}, N), exact
 
 
+def with_norm(
+    model: onnx.ModelProto, x: Array, *, skip: bool = True, centred: bool = False, router: Array | None = None
+) -> onnx.ModelProto:
+    """The node of `matmul_model` or `moe_model` with a norm of its input x, and a router [E, D], before it; see `norm_of`."""
+    (node,) = model.graph.node
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    inputs: dict[str, Array] = {"x": x, "gamma": gamma_of(x.shape[-1])}
+    outputs: dict[str, int] = {}
+    if skip:
+        inputs["skip"], outputs["sum"] = x, x.shape[-1]
+    if router is not None:
+        inputs["router"] = router
+        outputs |= {"logits": len(router)} if skip else {"": 0, "logits": len(router)}
+    kinds = {FLOAT: np.float32, UINT8: np.uint8, BFLOAT16: np.uint16}
+    for name, tensor in constants.items():
+        inputs[name] = np.frombuffer(tensor.raw_data, kinds[tensor.data_type]).reshape(tensor.dims)
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    attributes |= {"epsilon": EPSILON, "centred": float(centred)}
+    width = model.graph.output[0].type.tensor_type.shape.dim[-1].dim_value
+    return model_of(node.op_type, inputs, attributes, width, outputs)
+
+
+EPSILON = 1e-3
+
+
+def gamma_of(width: int) -> Array:
+    """The weight of every norm here."""
+    return np.linspace(0.5, 2, width, dtype=np.float32)
+
+
+def norm_of(x: Array, centred: bool) -> Array:
+    """What a node of `with_norm` makes of x + skip, in float64."""
+    rows = x.astype(np.float64)
+    rows = rows - rows.mean(-1, keepdims=True) * centred
+    return rows / np.sqrt((rows**2).mean(-1, keepdims=True) + EPSILON) * gamma_of(x.shape[-1])
+
+
 def session(model: onnx.ModelProto, library: Path | str, threads: int = 2) -> ort.InferenceSession:
     """The graph on the kernels of a library."""
     options = ort.SessionOptions()
@@ -131,6 +198,18 @@ def run_all(library: Path | str) -> dict[str, Array]:
                 x, logits = rng.standard_normal((T, D), np.float32), rng.standard_normal((T, E), np.float32)
                 key = f"moe {bits} {attributes.top_k} {T}"
                 (outputs[key],) = run.run(None, {"x": x, "router_logits": logits})
+        for T in (0, 1, 6, 67):
+            x, skip = (rng.standard_normal((T, 100), np.float32) for _ in range(2))
+            for centred in (False, True):
+                model = with_norm(matmul_model(35, 100, bits, 32)[0], x, centred=centred)
+                y, total = session(model, library).run(None, {"x": x, "skip": skip})
+                outputs |= {f"norm {bits} {T} {centred}": y, f"sum {bits} {T} {centred}": total}
+            router = np.random.default_rng(T).standard_normal((7, 100), np.float32)
+            model = with_norm(
+                moe_model(MoEAttributes(top_k=2), bits, 32, D=100, E=7, I=41)[0], x, skip=T < 6, router=router
+            )
+            results = session(model, library).run(None, {"x": x} | ({"skip": skip} if T < 6 else {}))
+            outputs |= {f"routed {bits} {T} {i}": result for i, result in enumerate(results)}
     for settings in (Settings(), Settings(num_heads=8, kv_num_heads=1, softcap=3.0, window=40)):
         run = session(attention_model(settings, joined=True, sinks=settings.window > 0), library)
         for S in (1, 60):

@@ -19,7 +19,7 @@ from gatework.plugins.moe import cpu_ops
 from gatework.plugins.moe.reference import moe
 from gatework.plugins.moe.spec import MoEAttributes
 from tests.plugins.moe_cases import attribute_grid, label
-from tests.plugins.moe_cpu_model import matmul_model, model_of, moe_model, run_all, session
+from tests.plugins.moe_cpu_model import matmul_model, model_of, moe_model, norm_of, run_all, session, with_norm
 
 ROOT = Path(__file__).parents[2]
 # Activations have 8 bits per group; random numbers lose the most by that, as their groups have the least to gain from it.
@@ -96,6 +96,50 @@ def test_products(library: Path, N: int, K: int, group: int, bits: int) -> None:
     assert relative(session(model, library).run(None, {"x": x})[0], want) <= RELATIVE / 200
 
 
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("T", [1, 50])
+def test_a_norm_before_a_product(library: Path, T: int, centred: bool) -> None:
+    """The sum is exact, and y that of a node without a norm, up to activations that round the other way."""
+    x, skip = (np.random.default_rng(i).standard_normal((T, 100), np.float32) for i in range(2))
+    model, exact = matmul_model(35, 100, 8, 32, wide=1)
+    y, total = session(with_norm(model, x, centred=centred), library).run(None, {"x": x, "skip": skip})
+    assert np.array_equal(total, x + skip)
+    assert relative(y, norm_of(total, centred) @ exact.T.astype(np.float64)) <= RELATIVE / 200
+    (alone,) = session(with_norm(model, x, skip=False, centred=centred), library).run(None, {"x": total})
+    assert np.array_equal(alone, y)
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_norm_and_a_router_before_experts(library: Path, skipped: bool) -> None:
+    D, E, I, T = 96, 9, 80, 39
+    x, skip = (np.random.default_rng(i).standard_normal((1, T, D), np.float32) for i in range(2))
+    router = np.random.default_rng(2).standard_normal((E, D), np.float32)
+    model, exact = moe_model(MoEAttributes(top_k=2), 8, 32, D=D, E=E, I=I)
+    feeds = {"x": x} | ({"skip": skip} if skipped else {})
+    y, *rest = session(with_norm(model, x, skip=skipped, router=router), library).run(None, feeds)
+    logits = rest[-1]
+    normed = norm_of(x + skip if skipped else x, False)[0].astype(np.float32)
+    assert relative(logits, normed @ router.T) <= 1e-6
+    assert relative(y[0], moe(normed, logits, attributes=MoEAttributes(top_k=2), **exact)) <= RELATIVE
+    if skipped:
+        assert np.array_equal(rest[0], x + skip)
+
+
+def test_misfitting_norms_are_refused(library: Path) -> None:
+    x = np.zeros((1, 64), np.float32)
+    model = with_norm(matmul_model(40, 64, 8, 32)[0], x)
+    with pytest.raises(Exception, match="input skip has 128 elements, expected 64"):
+        session(model, library).run(None, {"x": x, "skip": np.zeros((2, 64), np.float32)})
+    del model.graph.node[0].output[1], model.graph.output[1]
+    with pytest.raises(Exception, match="output 1 is missing"):
+        session(model, library).run(None, {"x": x, "skip": x})
+    model = with_norm(
+        moe_model(MoEAttributes(top_k=2), 8, 32, D=64, E=3, I=32)[0], x, router=np.zeros((4, 64), np.float32)
+    )
+    with pytest.raises(Exception, match="input router has 256 elements, expected 192"):
+        session(model, library).run(None, {"x": x, "skip": x})
+
+
 def test_routing_is_that_of_the_definition(library: Path) -> None:
     """Experts that return a number of their own tell which were chosen: ties go to the lower index, NaN comes last."""
     E, K, D, I = 6, 2, 16, 16
@@ -145,7 +189,7 @@ def test_not_a_number_stays_one(library: Path) -> None:
         ({"bits": 5}, "bits must be 4 or 8"),
         ({"N": 0}, "attribute N is out of range"),
         ({"wide": 2}, "attribute wide is out of range"),
-        ({"K": 65}, "last dimension of x is not K"),
+        ({"K": 65}, "last dimension of x is not 65"),
     ],
 )
 def test_misfits_are_refused(library: Path, change: dict[str, object], message: str) -> None:

@@ -274,7 +274,7 @@ FAULTS: dict[str, Fault] = {
     "another limit of the gates": Fault("gpt-oss", "graph", attribute("layers.2.experts", limit=0.4), 2, "experts", "", "int8"),
     "another layer's rotary position": Fault("llama2", "graph", attribute("layers.0.context", rotary_interleaved=1), 0, "key"),
     "another slope of SiLU": Fault("mixtral", "graph", attribute("layers.2.experts", activation_alpha=1.1), 2, "experts"),
-    "router scaled by 1 %": Fault("mixtral", "graph", attribute("layers.1.router", alpha=1.01), 1, "router", "scaled by 1.01", "int8"),
+    "router scaled by 1 %": Fault("mixtral", "weights", on_codes("layers.1.moe.router.weight", lambda w: w * 1.01), 1, "router", "scaled by 1.01", "int8"),
     "norm epsilon in int8": Fault("mixtral", "graph", attribute("layers.0.residual", epsilon=1e-2), 0, "router", "", "int8"),
     # weights
     "int4 nibbles exchanged": Fault("llama2", "weights", on_codes("layers.1.attn.o.weight.codes", other_nibble), 1, "attention", "", "int4"),

@@ -30,7 +30,7 @@ struct Avx2 : Rows256 {
   static void dot8(const uint8_t* w, const int8_t* const* x, int steps, Sums (&sums)[T]) {
     const __m256i flip = _mm256_set1_epi8(char(0x80));
     for (int s = 0; s < steps; ++s, w += kStepBytes) {
-      read_ahead(w);
+      read_ahead<8 * T>(w);
       const __m256i low = _mm256_xor_si256(load(w), flip), high = _mm256_xor_si256(load(w + 32), flip);
       const __m256i low_size = _mm256_abs_epi8(low), high_size = _mm256_abs_epi8(high);
       for (int t = 0; t < T; ++t) {
@@ -53,7 +53,7 @@ struct Avx2 : Rows256 {
     Sums total[T];
     for (int t = 0; t < T; ++t) total[t].low = total[t].high = _mm256_setzero_si256();
     for (int s = 0; s < steps; ++s, w += kStepBytes) {
-      read_ahead(w);
+      read_ahead<8 * T>(w);
       const __m256i low = _mm256_xor_si256(load(w), flip), high = _mm256_xor_si256(load(w + 32), flip);
       const __m256i low_even = even_columns(low), low_odd = odd_columns(low);
       const __m256i high_even = even_columns(high), high_odd = odd_columns(high);
@@ -77,7 +77,7 @@ struct Avx2 : Rows256 {
       Sums pairs[T];
       for (int t = 0; t < T; ++t) pairs[t].low = pairs[t].high = _mm256_setzero_si256();
       for (const int end = s + kRoom < steps ? s + kRoom : steps; s < end; ++s, w += kStepBytes) {
-        read_ahead(w);
+        read_ahead<8 * T>(w);
         const __m256i low = load(w), high = load(w + 32);
         const __m256i low_even = _mm256_and_si256(low, nibble), high_even = _mm256_and_si256(high, nibble);
         const __m256i low_odd = _mm256_and_si256(_mm256_srli_epi16(low, 4), nibble);

@@ -23,7 +23,7 @@ struct Avx512Vnni {
     const __m512i nibble = _mm512_set1_epi8(15);
     for (int t = 0; t < T; ++t) sums[t] = _mm512_set1_epi32(first[t]);
     for (int s = 0; s < steps; ++s, w += kStepBytes) {
-      read_ahead(w);
+      read_ahead<bits == 8 ? T : 2 * T + 3>(w);
       const __m512i codes = _mm512_loadu_si512(w);
       if constexpr (bits == 8) {
         accumulate<T>(sums, codes, x, 4 * s);

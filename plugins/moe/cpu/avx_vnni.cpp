@@ -25,7 +25,7 @@ struct AvxVnni : Rows256 {
     const __m256i nibble = _mm256_set1_epi8(15);
     for (int t = 0; t < T; ++t) sums[t].low = sums[t].high = _mm256_set1_epi32(first[t]);
     for (int s = 0; s < steps; ++s, w += kStepBytes) {
-      read_ahead(w);
+      read_ahead<bits == 8 ? 2 * T : 4 * T + 6>(w);
       const __m256i low = load(w), high = load(w + 32);
       if constexpr (bits == 8) {
         accumulate<T>(sums, low, high, x, 4 * s);

@@ -83,6 +83,13 @@ struct Gate {
   bool plain() const { return alpha == 1.0f && beta == 0.0f && limit == 0.0f; }
 };
 
+// x / sqrt(mean of x^2 + epsilon) * gamma, and, `centred`, of x - mean of x.
+struct Norm {
+  const float* gamma;
+  float epsilon;
+  bool centred;
+};
+
 // The innermost loops, once per instruction set. All give the same bits: sums of integers are exact, and floating-point
 // operations happen in one order, fused multiply-add only where it is written.
 struct Kernels {
@@ -98,6 +105,10 @@ struct Kernels {
   void (*open_gate)(const Gate&, float* gate, const float* up, int count);
   // Of the keys [begin, end), each row's largest score, the sum of all exp(score - top), and with these weights that of values
   void (*attend)(const Head&, const Queries&, int begin, int end, float* y, float* top, float* total);
+  // y [count] = the norm of x [count]
+  void (*normalize)(const Norm&, const float* x, int count, float* y);
+  // y [tokens, rows] = x W^T of float32: w [rows, count], x [tokens, count]
+  void (*score)(const float* w, int rows, const float* x, int tokens, int count, float* y);
   float (*exponential)(float);
 };
 

@@ -79,6 +79,9 @@ class Attributes {
     return value;
   }
 
+  // Of the norm that a node may begin with.
+  Norm norm() const { return {nullptr, real("epsilon", 0.0f), real("centred", 0.0f) != 0.0f}; }
+
   // The place of a string attribute among `known`.
   int choice(const char* name, std::initializer_list<const char*> known) const {
     char text[32] = "";
@@ -138,6 +141,7 @@ Tensor input(const ort::KernelContext* context, size_t index) {
 float* output(ort::KernelContext* context, const std::vector<int64_t>& shape, size_t index = 0) {
   ort::Value* value = nullptr;
   check(api.output(context, index, shape.data(), shape.size(), &value));
+  if (!value) throw Failure{ort::kInvalidArgument, "output " + std::to_string(index) + " is missing"};
   void* data = nullptr;
   check(api.tensor_data(value, &data));
   return static_cast<float*>(data);
@@ -150,6 +154,24 @@ void expect_count(const char* name, const Tensor& tensor, int64_t count) {
   if (tensor.count() != count)
     throw Failure{ort::kInvalidArgument, std::string("input ") + name + " has " + std::to_string(tensor.count()) +
                                              " elements, expected " + std::to_string(count)};
+}
+
+// x [..., columns], its norm and what is added to it before; the sum becomes the node's second output.
+Stream stream(ort::KernelContext* context, const Tensor& x, int columns, Norm norm, const Tensor& gamma, const Tensor& skip) {
+  if (x.shape.empty() || x.shape.back() != columns)
+    throw Failure{ort::kInvalidArgument, "the last dimension of x is not " + std::to_string(columns)};
+  Stream rows{x.as<float>()};
+  if (gamma.data) {
+    expect_count("gamma", gamma, columns);
+    norm.gamma = gamma.as<float>();
+    rows.norm = norm;
+  }
+  if (!skip.shape.empty()) {
+    expect_count("skip", skip, x.count());
+    rows.skip = skip.as<float>();
+    rows.sum = output(context, x.shape, 1);
+  }
+  return rows;
 }
 
 Matrix matrix(const char* name, const Columns& k, int64_t blocks, const Tensor& codes, const Tensor& scales) {
@@ -168,20 +190,23 @@ const Kernels& kernels() {
 
 struct MatMulKernel {
   static constexpr const char* kName = "PackedMatMul";
-  static constexpr int kTypes[] = {ort::kFloat, ort::kUint8, ort::kBfloat16};
-  static constexpr size_t kRequiredInputs = 3, kOutputs = 1;
+  static constexpr int kTypes[] = {ort::kFloat, ort::kUint8, ort::kBfloat16, ort::kFloat, ort::kFloat};
+  static constexpr bool required(size_t input) { return input < 3; }
+  static constexpr size_t kRequiredOutputs = 1, kOutputs = 2;
 
   const Kernels& path = kernels();
   Columns k;
   int rows;
+  Norm norm;
 
   explicit MatMulKernel(const Attributes& attributes)
-      : k(attributes.columns("K", attributes.integer("wide", 0, 1))), rows(attributes.integer("N", 1, 1 << 24)) {}
+      : k(attributes.columns("K", attributes.integer("wide", 0, 1))),
+        rows(attributes.integer("N", 1, 1 << 24)),
+        norm(attributes.norm()) {}
 
   void compute(ort::KernelContext* context) const {
     const Tensor x = input(context, 0);
-    if (x.shape.empty() || x.shape.back() != k.count)
-      throw Failure{ort::kInvalidArgument, "the last dimension of x is not K"};
+    const Stream numbers = stream(context, x, k.count, norm, input(context, 3), input(context, 4));
     const Matrix w = matrix("w", k, ceil_div(rows, kRows), input(context, 1), input(context, 2));
     std::vector<int64_t> shape = x.shape;
     shape.back() = rows;
@@ -190,7 +215,7 @@ struct MatMulKernel {
     static thread_local Tokens kept;
     Tokens& quantised = kept;
     const PoolThreads threads(context);
-    quantised.quantize(path, k, x.as<float>(), tokens, threads);
+    quantised.quantize(path, k, numbers, tokens, threads);
     multiply(path, k, w, rows, quantised, tokens, y, threads);
   }
 };
@@ -198,11 +223,14 @@ struct MatMulKernel {
 struct MoEKernel {
   static constexpr const char* kName = "PackedMoE";
   static constexpr int kTypes[] = {ort::kFloat,    ort::kFloat, ort::kUint8, ort::kBfloat16,
-                                   ort::kUint8, ort::kBfloat16, ort::kFloat, ort::kFloat};
-  static constexpr size_t kRequiredInputs = 6, kOutputs = 1;
+                                   ort::kUint8, ort::kBfloat16, ort::kFloat, ort::kFloat,
+                                   ort::kFloat, ort::kFloat,    ort::kFloat};
+  static constexpr bool required(size_t input) { return input == 0 || (input >= 2 && input < 6); }
+  static constexpr size_t kRequiredOutputs = 1, kOutputs = 3;
 
   const Kernels& path = kernels();
   MoE moe;
+  Norm norm;
 
   explicit MoEKernel(const Attributes& attributes) {
     moe.in = attributes.columns("hidden_size");
@@ -221,13 +249,21 @@ struct MoEKernel {
     router.renormalize = attributes.integer("renormalize", 0, 1);
     router.capacity_factor = attributes.real("capacity_factor");
     router.min_capacity = attributes.integer("min_capacity", 0, 1 << 30);
+    norm = attributes.norm();
   }
 
   void compute(ort::KernelContext* context) const {
-    const Tensor x = input(context, 0), logits = input(context, 1), b_in = input(context, 6), b_out = input(context, 7);
-    const int64_t D = moe.in.count, I = moe.out.count, E = moe.router.experts;
-    if (x.shape.size() != 2 || x.shape[1] != D) throw Failure{ort::kInvalidArgument, "x is not [T, hidden_size]"};
-    expect_count("router_logits", logits, x.shape[0] * E);
+    const Tensor x = input(context, 0), given = input(context, 1), b_in = input(context, 6), b_out = input(context, 7);
+    const Tensor router = input(context, 8);
+    const int64_t D = moe.in.count, I = moe.out.count, E = moe.router.experts, T = x.count() / D;
+    const Stream numbers = stream(context, x, moe.in.count, norm, input(context, 9), input(context, 10));
+    float* logits = static_cast<float*>(given.data);
+    if (router.data) {
+      expect_count("router", router, E * D);
+      logits = output(context, {T, E}, 2);
+    } else {
+      expect_count("router_logits", given, T * E);
+    }
     Experts experts;
     const int64_t in_blocks = E * moe.matrices() * ceil_div(int(I), kRows);
     experts.w_in = matrix("w_in", moe.in, in_blocks, input(context, 2), input(context, 3));
@@ -237,7 +273,7 @@ struct MoEKernel {
     experts.b_in = b_in.as<float>();
     experts.b_out = b_out.as<float>();
     float* y = output(context, x.shape);
-    run_moe(path, moe, experts, x.as<float>(), logits.as<float>(), int(x.shape[0]), y, PoolThreads(context));
+    run_moe(path, moe, experts, numbers, router.as<float>(), logits, int(T), y, PoolThreads(context));
   }
 };
 
@@ -245,7 +281,8 @@ struct AttentionKernel {
   static constexpr const char* kName = "CachedAttention";
   static constexpr int kTypes[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64,
                                    ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat};
-  static constexpr size_t kRequiredInputs = 6, kOutputs = 3;
+  static constexpr bool required(size_t input) { return input < 6; }
+  static constexpr size_t kRequiredOutputs = 3, kOutputs = 3;
 
   const Kernels& path = kernels();
   Attention attention;
@@ -320,11 +357,13 @@ ort::CustomOp operator_of() {
   op.input_type = [](const ort::CustomOp*, size_t index) { return Kernel::kTypes[index]; };
   op.input_count = [](const ort::CustomOp*) { return std::size(Kernel::kTypes); };
   op.input_characteristic = [](const ort::CustomOp*, size_t index) -> int {
-    return index < Kernel::kRequiredInputs ? ort::kRequired : ort::kOptional;
+    return Kernel::required(index) ? ort::kRequired : ort::kOptional;
   };
   op.output_type = [](const ort::CustomOp*, size_t) -> int { return ort::kFloat; };
   op.output_count = [](const ort::CustomOp*) { return Kernel::kOutputs; };
-  op.output_characteristic = [](const ort::CustomOp*, size_t) -> int { return ort::kRequired; };
+  op.output_characteristic = [](const ort::CustomOp*, size_t index) -> int {
+    return index < Kernel::kRequiredOutputs ? ort::kRequired : ort::kOptional;
+  };
   op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };  // where the provider's tensors are
   op.start_version = op.end_version = [](const ort::CustomOp*) { return 1; };
   op.create_kernel_v2 = [](const ort::CustomOp*, const void*, const ort::KernelInfo* info, void** kernel) {

@@ -71,16 +71,21 @@ void combine(const MoE& moe, const Experts& experts, const Workspace& work, int 
 
 }  // namespace
 
-void run_moe(const Kernels& kernels, const MoE& moe, const Experts& experts, const float* x, const float* logits, int tokens,
-             float* y, const Threads& threads) {
+void run_moe(const Kernels& kernels, const MoE& moe, const Experts& experts, const Stream& x, const float* router, float* logits,
+             int tokens, float* y, const Threads& threads) {
   static thread_local Workspace kept;
   Workspace& work = kept;  // the caller's, whichever thread a task runs on
   const int D = moe.in.count, I = moe.out.count, E = moe.router.experts;
+  work.x.resize(moe.in, tokens);
+  by_few(threads, tokens, [&](size_t first, size_t last) {
+    const float* rows = x.rows(kernels, D, first, last);
+    if (router) kernels.score(router, E, rows, int(last - first), D, logits + first * E);
+    for (size_t row = first; row < last; ++row, rows += D) work.x.set(kernels, moe.in, row, rows);
+  });
   route(moe.router, logits, tokens, work.routing);
   const Routing& routing = work.routing;
   const size_t choices = routing.tokens.size();
 
-  work.x.quantize(kernels, moe.in, x, tokens, threads);
   work.sorted.resize(choices);
   for (size_t i = 0; i < choices; ++i) work.sorted[i] = work.x[routing.tokens[i]];
   work.chosen.clear();
@@ -93,7 +98,7 @@ void run_moe(const Kernels& kernels, const MoE& moe, const Experts& experts, con
     });
   });
 
-  work.h.quantize(kernels, moe.out, work.hidden.data(), choices, threads);
+  work.h.quantize(kernels, moe.out, {work.hidden.data()}, choices, threads);
   work.served.resize(choices * D);
   const int blocks = ceil_div(D, kRows);
   each_expert(threads, work.chosen, blocks, [&](int e, int first, int last) {
@@ -104,11 +109,9 @@ void run_moe(const Kernels& kernels, const MoE& moe, const Experts& experts, con
     });
   });
 
-  const auto combine_row = [&](size_t t) { combine(moe, experts, work, int(t), y + t * D); };
-  if (size_t(tokens) > kFew)
-    threads.each(tokens, combine_row);
-  else
-    for (int t = 0; t < tokens; ++t) combine_row(t);
+  by_few(threads, tokens, [&](size_t first, size_t last) {
+    for (size_t t = first; t < last; ++t) combine(moe, experts, work, int(t), y + t * D);
+  });
 }
 
 }  // namespace gatework

@@ -25,8 +25,8 @@ struct Experts {
   const float* b_out;  // [E, D] or nullptr
 };
 
-// y [tokens, D] from x [tokens, D] and logits [tokens, E]
-void run_moe(const Kernels&, const MoE&, const Experts&, const float* x, const float* logits, int tokens, float* y,
-             const Threads&);
+// y [tokens, D] from x [tokens, D] and logits [tokens, E], which are first made of x by `router` [E, D] where that is given
+void run_moe(const Kernels&, const MoE&, const Experts&, const Stream& x, const float* router, float* logits, int tokens,
+             float* y, const Threads&);
 
 }  // namespace gatework

@@ -4,23 +4,41 @@
 
 namespace gatework {
 
-void Tokens::quantize(const Kernels& kernels, const Columns& k, const float* x, size_t rows, const Threads& threads) {
-  const size_t columns = size_t(k.streams()) * k.padded(), groups = k.groups();
-  codes_.resize(rows * columns);
-  scales_.resize(rows * groups);
-  sums_.resize(rows * groups);
+const float* Stream::rows(const Kernels& kernels, int columns, size_t first, size_t last) const {
+  const size_t start = first * columns, count = (last - first) * columns;
+  const float* rows = x + start;
+  if (skip) {
+    for (size_t i = start; i < start + count; ++i) sum[i] = x[i] + skip[i];
+    rows = sum + start;
+  }
+  if (!norm.gamma) return rows;
+  static thread_local std::vector<float> normed;
+  normed.resize(count);
+  for (size_t i = 0; i < count; i += columns) kernels.normalize(norm, rows + i, columns, normed.data() + i);
+  return normed.data();
+}
+
+void Tokens::resize(const Columns& k, size_t rows) {
+  codes_.resize(rows * k.streams() * k.padded());
+  scales_.resize(rows * k.groups());
+  sums_.resize(rows * k.groups());
   tokens_.resize(rows);
-  const auto quantize_row = [&](size_t row) {
-    int8_t* codes = codes_.data() + row * columns;
-    float* scales = scales_.data() + row * groups;
-    int32_t* sums = sums_.data() + row * groups;
-    kernels.quantize(k, x + row * k.count, codes, scales, sums);
-    tokens_[row] = {codes, scales, sums};
-  };
-  if (rows > kFew)
-    threads.each(rows, quantize_row);
-  else
-    for (size_t row = 0; row < rows; ++row) quantize_row(row);
+}
+
+void Tokens::set(const Kernels& kernels, const Columns& k, size_t row, const float* x) {
+  int8_t* codes = codes_.data() + row * k.streams() * k.padded();
+  float* scales = scales_.data() + row * k.groups();
+  int32_t* sums = sums_.data() + row * k.groups();
+  kernels.quantize(k, x, codes, scales, sums);
+  tokens_[row] = {codes, scales, sums};
+}
+
+void Tokens::quantize(const Kernels& kernels, const Columns& k, const Stream& x, size_t rows, const Threads& threads) {
+  resize(k, rows);
+  by_few(threads, rows, [&](size_t first, size_t last) {
+    const float* numbers = x.rows(kernels, k.count, first, last);
+    for (size_t row = first; row < last; ++row, numbers += k.count) set(kernels, k, row, numbers);
+  });
 }
 
 void multiply_block(const Kernels& kernels, const Columns& k, const Matrix& matrix, int block, int rows, const Token* x,

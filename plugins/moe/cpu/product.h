@@ -10,14 +10,35 @@
 namespace gatework {
 
 constexpr int kChunk = 4;     // blocks that many tokens are multiplied with before the next ones are read
-constexpr size_t kFew = 4;    // rows whose work is not worth waking a thread
+constexpr size_t kFew = 4;    // rows whose work is not worth waking a second thread
 constexpr int kSlice = 64;    // tokens worked on at once, whose activations stay in a core's own cache
+
+// work(first, last) for the rows 0..rows, few at a time.
+template <class Work>
+void by_few(const Threads& threads, size_t rows, Work&& work) {
+  threads.each((rows + kFew - 1) / kFew, [&](size_t i) { work(i * kFew, std::min(rows, (i + 1) * kFew)); });
+}
+
+// Rows of numbers that a product is made of: those of x; where `skip` is given, x + skip, which is written to `sum`; where
+// there is a norm, its results.
+struct Stream {
+  const float* x;
+  const float* skip = nullptr;
+  float* sum = nullptr;
+  Norm norm{};  // without gamma: none
+
+  // The rows [first, last), of at most kFew, one behind the other; valid until the calling thread asks for others.
+  const float* rows(const Kernels&, int columns, size_t first, size_t last) const;
+};
 
 // Activations quantised row by row.
 class Tokens {
  public:
-  // x: `rows` rows of k.count numbers, one behind the other
-  void quantize(const Kernels&, const Columns& k, const float* x, size_t rows, const Threads&);
+  void resize(const Columns& k, size_t rows);
+  // x: k.count numbers
+  void set(const Kernels&, const Columns& k, size_t row, const float* x);
+  // Both, for all rows.
+  void quantize(const Kernels&, const Columns& k, const Stream& x, size_t rows, const Threads&);
   const Token& operator[](size_t row) const { return tokens_[row]; }
   const Token* data() const { return tokens_.data(); }
 

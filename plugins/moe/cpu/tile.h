@@ -230,13 +230,16 @@ inline void open_gate(const Gate& settings, float* gate, const float* up, int co
 }  // namespace gatework
 
 #include "attend.h"
+#include "normalize.h"
 
 namespace gatework {
 namespace {
 
 template <class Isa>
 constexpr Kernels kernels_of(const char* name, bool (*supported)()) {
-  return {name, supported, product<Isa>, quantize<Isa>, activate<Isa>, open_gate, attend<typename Isa::Lanes>, exponential};
+  using Lanes = typename Isa::Lanes;
+  return {name,      supported,       product<Isa>,     quantize<Isa>, activate<Isa>,
+          open_gate, attend<Lanes>,   normalize<Lanes>, score<Lanes>,  exponential};
 }
 
 }  // namespace
