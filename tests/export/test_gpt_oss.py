@@ -18,7 +18,7 @@ from gatework.export.build import build_engine
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import MoEConfig
 from gatework.export.families import gpt_oss
-from gatework.export.mxfp4 import numbers_of
+from gatework.export.mxfp4 import codes_of, products, scales_of
 from gatework.export.positions import rope_tables
 from gatework.plugins.errors import GateworkError
 from tests.export.test_families import GPT_OSS_20B, read
@@ -50,7 +50,8 @@ def test_every_code_and_scale_is_what_transformers_makes_of_it() -> None:
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 255, -1, -1).contiguous()
     scales = torch.arange(255, dtype=torch.uint8)[None, :, None].expand(1, -1, 16).contiguous()
     want = convert_moe_packed_tensors(blocks, scales).transpose(1, 2)
-    assert torch.equal(numbers_of(blocks, scales).to(torch.bfloat16), want)
+    scales = scales_of(scales).to(torch.bfloat16)
+    assert torch.equal(products(codes_of(blocks), scales).to(torch.bfloat16), want)
 
 
 def spoilt(layouts: tuple[Path, Path], folder: Path, **tensors: Any) -> Path:
