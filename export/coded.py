@@ -35,7 +35,10 @@ def stored_blocks(checkpoint: Checkpoint, group_size: int | None = None) -> Bloc
     found: Blocks = {}
     for name, weight in checkpoint.weights.items():
         block = _common_block(checkpoint, name)
-        size = None if group_size is None else fit_group(weight.shape[-1], group_size)
+        columns = (
+            checkpoint.config.hidden_size if len(weight.shape) == 3 else weight.shape[-1]
+        )  # both matrices of experts
+        size = None if group_size is None else fit_group(columns, group_size)
         if block and (size is None or block % size == 0):
             found[name] = block
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe import cpu_ops
 from gatework.plugins.moe.reference import moe
 from gatework.plugins.moe.spec import MoEAttributes
+from gatework.runtime.cli import main
 from gatework.runtime.verify import verify
 from tests.golden.grok1 import weights as grok1
 from tests.plugins.moe_cpu_model import model_of, session
@@ -114,7 +116,12 @@ EXPERTS = {"moe.w_in": 64, "moe.w_out": 64}
     ],
 )
 def test_cpu_engines_hold_the_stored_numbers(
-    tmp_path: Path, precision: str, group_size: int | None, want: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    precision: str,
+    group_size: int | None,
+    want: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = parameters()
     path = write(tmp_path, found)
@@ -122,6 +129,10 @@ def test_cpu_engines_hold_the_stored_numbers(
         monkeypatch.delattr(ScaledTensor, "read_into")
     engine = build_engine(path, tmp_path / "engine", precision=precision, group_size=group_size)
     assert kept(engine) == want
+    assert main(["inspect", str(engine)]) == 0
+    matrices = 2 * sum(name in ATTENTION for name in want)
+    expected_words = f"{matrices} matrices" if precision == "int4" else f"4 stacks of experts and {matrices} matrices"
+    assert re.search(rf"as stored +codes and scales of {expected_words}\n", capsys.readouterr().out)
     groups = want | {"attn.qkv.weight": want["attn.q.weight"]}
     for layer in range(2):
         for name, (codes, scales) in expected(found, layer).items():
