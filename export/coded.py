@@ -30,14 +30,13 @@ def stored_blocks(checkpoint: Checkpoint, group_size: int | None = None) -> Bloc
     """Every weight stored so that its rows can be kept, with the columns that share a scale.
 
     Args:
-        group_size: asked for by the user; weights whose blocks no such groups divide are left out.
+        group_size: asked for by the user; weights whose blocks such groups, or the widest that fit their rows, do not divide
+            are left out. Both matrices of experts have the groups that fit the hidden size.
     """
     found: Blocks = {}
     for name, weight in checkpoint.weights.items():
         block = _common_block(checkpoint, name)
-        columns = (
-            checkpoint.config.hidden_size if len(weight.shape) == 3 else weight.shape[-1]
-        )  # both matrices of experts
+        columns = weight.shape[-1] if len(weight.shape) == 2 else checkpoint.config.hidden_size
         size = None if group_size is None else fit_group(columns, group_size)
         if block and (size is None or block % size == 0):
             found[name] = block

@@ -50,6 +50,14 @@ def parameters() -> Parameters:
     return found
 
 
+def positive(found: Parameters) -> Parameters:
+    """With no scale below 0."""
+    for tensor in found.values():
+        if isinstance(tensor, grok1.QuantizedWeight8bit):
+            tensor.scales[...] = np.abs(tensor.scales)
+    return found
+
+
 def write(folder: Path, found: Parameters, width: int = WIDTH) -> Path:
     return grok1.write_ckpt(folder / "ckpt", found, grok1.CONFIG | {"num_hidden_layers": 2, "intermediate_size": width})
 
@@ -248,10 +256,7 @@ def written(path: Path, folder: Path, smooth: dict[str, list[float]]) -> dict[st
 @pytest.mark.parametrize("smooth", [False, True])
 def test_plans_hold_the_stored_numbers(tmp_path: Path, smooth: bool) -> None:
     """Where rows have one scale each; blocks of rows, and what smoothing changes, are rounded anew."""
-    found = parameters()
-    for tensor in found.values():
-        if isinstance(tensor, grok1.QuantizedWeight8bit):
-            tensor.scales[...] = np.abs(tensor.scales)
+    found = positive(parameters())
     factors = {"layers.0.attn_norm.weight": [2.0] * D} if smooth else {}
     tensors = written(write(tmp_path, found), tmp_path, factors)
     want = expected(found, 0)
@@ -272,6 +277,16 @@ def test_plans_hold_the_stored_numbers(tmp_path: Path, smooth: bool) -> None:
         not smooth,
         not smooth,
     )
+
+
+@pytest.mark.tensorrt
+def test_an_int8_plan_is_compiled_of_them(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: no plan is built")
+    path = write(tmp_path, positive(parameters()))
+    settings: dict[str, Any] = {"target": "a100", "precision": "int8", "max_seq": 32, "plan_only": True}
+    engine = build_engine(path, tmp_path / "engine", **settings)
+    assert kept(engine) == dict.fromkeys(("attn.q.weight", "attn.k.weight", "attn.v.weight", "moe.w_in"), 0)
+    assert json.loads((engine / "layers.json").read_text())["counts"]["PLUGIN_V3"] == 2
 
 
 def test_tensorrt_refuses_negative_scales(tmp_path: Path) -> None:
