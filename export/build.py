@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from gatework.export.checkpoint import Checkpoint
+from gatework.export.coded import stored_blocks
 from gatework.export.config import Dtype, ModelConfig
 from gatework.export.golden import require_polygraphy, write_golden
 from gatework.export.lower import CUDA_DTYPES, lower_to_cpu, lower_to_cuda
@@ -139,17 +141,18 @@ def _write_graph(
         return _write_lowered(model, config, checkpoint, directory, options, progress)
     files: list[str] = []
     stages: list[dict[str, Any]] = []
-    tensors: dict[str, Any] = {}
+    tables: dict[str, dict[str, Any]] = {"tensors": {}, engine_format.KEPT: {}}
     for number, layers in enumerate(divide(config, options.stages, precision, options.group)):  # type: ignore[arg-type]
         folder = directory / engine_format.stage_folder(number)
         folder.mkdir()
         part = cut(model, layers, config.num_layers)
         names, facts = _write_lowered(part, config, checkpoint, folder, options, progress)
         files += [f"{folder.name}/{name}" for name in names]
-        tensors |= facts["tensors"]
+        for name, table in tables.items():
+            table |= facts[name]
         stages.append({"layers": [layers.start, layers.stop], "weight_bytes": facts["weight_bytes"]})
     weight_bytes = {name: sum(stage["weight_bytes"][name] for stage in stages) for name in ("total", "per_token")}
-    return files, {"weight_bytes": weight_bytes, "tensors": tensors, engine_format.STAGES: stages}
+    return files, {"weight_bytes": weight_bytes, **tables, engine_format.STAGES: stages}
 
 
 def _write_lowered(
@@ -162,7 +165,8 @@ def _write_lowered(
     encoder: ir.Model | None = None,
 ) -> tuple[list[str], dict[str, Any]]:
     """Lower a canonical graph, and its encoder's, in place, and write them with their weights."""
-    lower = lower_to_cuda if options.target == "cuda" else lower_to_cpu
+    on_cpu = partial(lower_to_cpu, blocks=stored_blocks(checkpoint, options.group_size))
+    lower = lower_to_cuda if options.target == "cuda" else on_cpu
     for graph in (model, *([encoder] if encoder is not None else [])):
         lower(graph, config, options.precision, options.group)  # type: ignore[arg-type]
         if any(node.op_type == OP_TYPE for node in moe_nodes(graph)):

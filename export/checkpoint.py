@@ -169,6 +169,11 @@ class Checkpoint:
         Experts come one by one as [out, in], a weight that is stored (in, out) as a whole, and other weights in multiples of 16
         rows, as many as `max_bytes` hold.
         """
+        for start, stop in self.spans(name, max_bytes=max_bytes):
+            yield self.rows(name, start, stop)
+
+    def spans(self, name: str, *, max_bytes: int = PART_BYTES) -> Iterator[tuple[int, int]]:
+        """First and last row of each of `parts`."""
         weight = self.weights[name]
         total = count_rows(weight)
         if len(weight.shape) == 3:
@@ -179,7 +184,7 @@ class Checkpoint:
             row = math.prod(weight.shape[1:]) * self.dtype(name).itemsize
             step = max(1, max_bytes // row // BLOCK_ROWS) * BLOCK_ROWS
         for start in range(0, total, step):
-            yield self.rows(name, start, min(start + step, total))
+            yield start, min(start + step, total)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start to stop of a canonical weight; those of experts [E, out, in] count as E * out rows.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 GROUP_SIZES = (256, 128, 64, 32, 16)
 DEFAULT_GROUPS = {"int8": 128, "int4": 32}  # of ONNX Runtime; on CPUs activations are rounded in the same groups
 GPU_GROUPS = {"int4": 128}  # TensorRT's; the other formats have one scale per row or matrix
@@ -13,6 +16,15 @@ PADDED_GROUP = 32  # of rows that no group size divides; the last group is fille
 def fit_group(columns: int, group: int) -> int | None:
     """The largest group size up to `group` that divides a row of `columns`; None if none does."""
     return next((size for size in GROUP_SIZES if size <= group and columns % size == 0), None)
+
+
+def common_block(sources: tuple[str, ...], blocks: Mapping[str, int]) -> int:
+    """Neighbours that share a scale in all of these weights; 1 where one of them is not stored as codes.
+
+    Args:
+        blocks: those that are, each with the columns of a row that share a scale.
+    """
+    return math.gcd(*(blocks.get(source, 1) for source in sources))
 
 
 def fine(weight: str, *, experts: bool) -> bool:

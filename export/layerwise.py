@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gatework.export.checkpoint import Checkpoint
@@ -27,6 +28,8 @@ from gatework.export.rounding import Format, Rounding, error_sizes, stored, tota
 from gatework.plugins.moe import torch_op
 
 _DRAWS = 2  # of rounding, per value
+# Where queries look at two keys nearly alike, a row's whole error is that of one number, which two draws do not measure.
+_CONTEXT_DRAWS = 8
 _LOGIT_ROWS = 64
 
 
@@ -89,6 +92,7 @@ class LayerwiseReference:
         self._longest = max(map(len, sequences))
         self.config = checkpoint.config.within(self._longest)
         self._generator = torch.Generator().manual_seed(0)
+        self._kept: list[tuple[Tensor, int]] = []  # of the weights at hand, those without an error, with their groups
         self.layers = 0  # that are through
         self._sequences, self._tapped = sequences, tapped
         self._tables = rope_tables(self.config, self._longest)
@@ -141,14 +145,21 @@ class LayerwiseReference:
             self.layers = i + 1
             yield i
 
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        """Read a part of the layer at hand."""
+        load_weights(module, self.checkpoint, prefix)
+        groups = {name: self._form.kept.get(prefix + name) for name, _ in module.named_parameters()}
+        self._kept += [(module.get_parameter(name), group) for name, group in groups.items() if group is not None]
+
     def _layer(self, i: int, local: _Run | None, engine: Recorded) -> Iterator[Compared]:
+        self._kept = []
         with torch.device("meta"):
             layer = Layer(self.config, i).eval()
         norms = (
             ("attn_post_norm", "ffn_post_norm") if layer.parallel else ("attn_post_norm", "ffn_norm", "ffn_post_norm")
         )
         for name in ("attn_norm", "attn", *norms):
-            load_weights(layer.get_submodule(name), self.checkpoint, f"layers.{i}.{name}.")
+            self._load(layer.get_submodule(name), f"layers.{i}.{name}.")
         middle = yield from self._attention(i, layer, local, engine)
         if layer.has_cross:
             middle = self._attend_source(i, layer, middle)
@@ -189,7 +200,7 @@ class LayerwiseReference:
                 return y
             return rounding.sum_of(y, _read(layer, queries, keys, values.abs(), local, self._bias)[0])
 
-        yield self._compare(engine, i, "context", contexts, context[0])
+        yield self._compare(engine, i, "context", contexts, context[0], draws=_CONTEXT_DRAWS)
         yield self._compare(engine, i, "attention", lambda _: layer.attn.o(taps["context"]), attention[0])
         yield self._compare(
             engine,
@@ -226,7 +237,7 @@ class LayerwiseReference:
             read = layer.ffn_input(residual, local.hidden[0])
         if not config.has_experts(i):
             mlp = layer.get_submodule("mlp")
-            load_weights(mlp, self.checkpoint, f"{prefix}mlp.")
+            self._load(mlp, f"{prefix}mlp.")
             branch = mlp(own_x)
             if read is not None:
                 yield self._compare(engine, i, "mlp", lambda _: mlp(read), branch, self._form.feed_forward)
@@ -235,20 +246,18 @@ class LayerwiseReference:
             load_weights(moe.router, self.checkpoint, f"{prefix}moe.router.")
             own_logits = moe.router(own_x)
             if read is None:
-                (branch,) = self._experts(i, [(own_x, own_logits, None)])
+                (branch,) = self._experts(i, [(own_x, own_logits, False)])
             else:
                 yield self._compare(engine, i, "router", lambda _: moe.router(read), own_logits, self._form.floats)
                 rows, logits = engine.rows(f"{prefix}router")
                 x = read[rows]
-                roundings = [Rounding(self._form.feed_forward, self._generator) for _ in range(_DRAWS)]
-                branch, want, *off = self._experts(
-                    i, [(own_x, own_logits, None), (x, logits, None), *((x, logits, each) for each in roundings)]
-                )
+                rounded = [(x, logits, True)] * _DRAWS
+                branch, want, *off = self._experts(i, [(own_x, own_logits, False), (x, logits, False), *rounded])
                 noise, bias = error_sizes([y - want for y in off])
                 got = engine.rows(f"{prefix}experts")[1]
                 yield Compared(i, "experts", rows, got, want, noise, bias, branch[self._places[rows]])
             if moe.shared is not None:
-                load_weights(moe.shared, self.checkpoint, f"{prefix}moe.shared.")
+                self._load(moe.shared, f"{prefix}moe.shared.")
                 own_shared = moe.shared(own_x)
                 branch = branch + own_shared
                 if read is not None:
@@ -267,7 +276,7 @@ class LayerwiseReference:
     def _extra(self, i: int, layer: Layer, engine: Recorded, *, tapped: bool) -> Iterator[Compared]:
         """The extra MLP of a layer; moves the own run on."""
         for name in ("extra_norm", "extra_mlp"):
-            load_weights(layer.get_submodule(name), self.checkpoint, f"layers.{i}.{name}.")
+            self._load(layer.get_submodule(name), f"layers.{i}.{name}.")
         branch = layer.extra_mlp(layer.extra_norm(self._own.hidden))
         self._own.hidden = self._own.hidden + branch
         if tapped:
@@ -284,24 +293,26 @@ class LayerwiseReference:
             added = engine.rows(f"layers.{i}.extra")[1]
             yield self._compare(engine, i, "output", total(routed, added), self._own.hidden[0], rows=rows)
 
-    def _experts(self, i: int, runs: list[tuple[Tensor, Tensor, Rounding | None]]) -> list[Tensor]:
-        """The MoE's output [T, D] for each run: tokens [T, D], router logits [T, E], and the rounding of its products."""
+    def _experts(self, i: int, runs: list[tuple[Tensor, Tensor, bool]]) -> list[Tensor]:
+        """The MoE's output [T, D] for each run: tokens [T, D], router logits [T, E], and whether its products are rounded."""
         attributes, has_bias = moe_attributes(self.config), self.config.moe is not None and self.config.moe.bias
         routes = [torch_op.route(logits, attributes) for _, logits, _ in runs]
         outputs = [torch.zeros_like(x) for x, *_ in runs]
-        weights = (self.checkpoint.parts(f"layers.{i}.moe.{name}") for name in ("w_in", "w_out"))
+        names = [f"layers.{i}.moe.{name}" for name in ("w_in", "w_out")]
+        groups = [self._form.kept.get(name) for name in names]
+        weights = map(self.checkpoint.parts, names)
         biases = [self.checkpoint.read(f"layers.{i}.moe.{name}").float() for name in ("b_in", "b_out") if has_bias]
         for e, (w_in, w_out) in enumerate(zip(*weights, strict=True)):
-            expert = (w_in.float(), w_out.float(), attributes, *(bias[e] for bias in biases))
-            for (x, _, rounding), (chosen, shares), y in zip(runs, routes, outputs, strict=True):
+            matrices = (w_in.float(), w_out.float())
+            kept = [(w, group) for w, group in zip(matrices, groups, strict=True) if group is not None]
+            expert = (*matrices, attributes, *(bias[e] for bias in biases))
+            for (x, _, rounded), (chosen, shares), y in zip(runs, routes, outputs, strict=True):
                 rows, choice = (chosen == e).nonzero(as_tuple=True)
                 if not len(rows):
                     continue
-                if rounding is None:
+                mode = Rounding(self._form.feed_forward, self._generator, kept) if rounded else nullcontext()
+                with mode:
                     out = torch_op.expert(x[rows], *expert)
-                else:
-                    with rounding:
-                        out = torch_op.expert(x[rows], *expert)
                 y.index_add_(0, rows, shares[rows, choice][:, None] * out)
         return outputs
 
@@ -314,6 +325,7 @@ class LayerwiseReference:
         load_weights(last, self.checkpoint, "norm.")
         name = "embed.weight" if config.tie_embeddings else "lm_head.weight"
         table = self.checkpoint.read(name).float()
+        self._kept = [(table, self._form.kept[name])] if name in self._form.kept else []
         shift = self.checkpoint.read("lm_head.bias").float() if config.bias == "all" else None
 
         def head(x: Tensor) -> Tensor:
@@ -341,19 +353,22 @@ class LayerwiseReference:
         form: Format | None = None,
         *,
         rows: Tensor | None = None,
+        draws: int = _DRAWS,
     ) -> Compared:
         """One step. `work` gives the tapped rows [n, d], all of them or those of `rows`."""
         found, got = engine.rows(tensor if layer is None else f"layers.{layer}.{tensor}")
-        want, noise, bias = self._draws(work, form or self._form.attention)
+        want, noise, bias = self._draws(work, form or self._form.attention, draws)
         if rows is None:
             want, noise, bias = want[found], noise[found], bias[found]
         return Compared(layer, tensor, found, got, want, noise, bias, own[self._places[found]])
 
-    def _draws(self, work: Callable[[Rounding | None], Tensor], form: Format) -> tuple[Tensor, Tensor, Tensor]:
+    def _draws(
+        self, work: Callable[[Rounding | None], Tensor], form: Format, draws: int = _DRAWS
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What `work` returns without rounding, [n, d], and what rounding does to it; see `error_sizes`."""
         exact, off = work(None), []
-        for _ in range(_DRAWS):
-            rounding = Rounding(form, self._generator)
+        for _ in range(draws):
+            rounding = Rounding(form, self._generator, self._kept)
             with rounding:
                 off.append(work(rounding) - exact)
         return exact, *error_sizes(off)

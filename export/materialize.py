@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gatework.export.checkpoint import Checkpoint
+from gatework.export.coded import coded_parts
 from gatework.export.packing import TORCH_DTYPES, Pack, TensorSpec, is_weight, pack_of, static_shape
 from gatework.export.safetensors_writer import SafetensorsWriter
 from gatework.plugins import engine_format
@@ -124,15 +125,26 @@ def _encode(checkpoint: Checkpoint, packs: list[Pack]) -> Iterator[tuple[Pack, i
     try:
         with ThreadPoolExecutor(workers) as pool:
             for pack in packs:
+                encode: Callable[..., tuple[Tensor, ...]] = pack.encode if pack.keep is None else pack.keep.encode
                 for source in pack.sources:
-                    for part in checkpoint.parts(source, max_bytes=_PART_BYTES):
-                        pending.append((pack, part.nbytes, pool.submit(pack.encode, part)))
+                    for part in _parts(checkpoint, pack, source):
+                        nbytes = part[0].numel() * checkpoint.dtype(source).itemsize
+                        pending.append((pack, nbytes, pool.submit(encode, *part)))
                         if len(pending) > workers:
                             yield _finish(pending.popleft())
             while pending:
                 yield _finish(pending.popleft())
     finally:
         torch.set_num_threads(threads)
+
+
+def _parts(checkpoint: Checkpoint, pack: Pack, source: str) -> Iterator[tuple[Tensor, ...]]:
+    """What the pack encodes: rows in floats, or codes and scales."""
+    if pack.keep is not None:
+        yield from coded_parts(checkpoint, source, max_bytes=_PART_BYTES)
+        return
+    for part in checkpoint.parts(source, max_bytes=_PART_BYTES):
+        yield (part,)
 
 
 def _finish(item: tuple[Pack, int, Future[tuple[Tensor, ...]]]) -> tuple[Pack, int, tuple[Tensor, ...]]:

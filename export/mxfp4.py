@@ -19,16 +19,54 @@ BLOCKS, SCALES = "_blocks", "_scales"
 GROUP, BLOCK_BYTES = 32, 16
 BIAS, NO_NUMBER = 127, 255
 BYTE = "U8"  # what safetensors calls it
-_HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # 1 sign bit, 2 of exponent, 1 of mantissa
-NUMBERS = torch.tensor([*_HALF, *(-x for x in _HALF)])
+_HALF = (0, 1, 2, 3, 4, 6, 8, 12)  # twice the numbers of 1 sign bit, 2 of exponent, 1 of mantissa
+CODES = torch.tensor([*_HALF, *(-x for x in _HALF)], dtype=torch.int8)
+
+
+@dataclass(frozen=True, slots=True)
+class MxCodes:
+    """Twice the 4-bit floats of blocks: [E, rows, columns] int8."""
+
+    blocks: StoredTensor
+    dtype: str = "int8"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *rows, groups, _ = self.blocks.shape
+        return (*rows, groups * GROUP)
+
+    def read_into(self, out: Tensor, start: int) -> None:
+        blocks = torch.empty((len(out), *self.blocks.shape[1:]), dtype=torch.uint8)
+        self.blocks.read_into(blocks, start)
+        out.copy_(codes_of(blocks))
+
+
+@dataclass(frozen=True, slots=True)
+class MxScales:
+    """Half of what multiplies the 4-bit floats: [E, rows, groups] bfloat16, which holds every such power of two."""
+
+    exponents: StoredTensor
+    dtype: str = "bfloat16"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.exponents.shape
+
+    def read_into(self, out: Tensor, start: int) -> None:
+        exponents = torch.empty(out.shape, dtype=torch.uint8)
+        self.exponents.read_into(exponents, start)
+        if bool((exponents == NO_NUMBER).any()):
+            got, expected = f"{NO_NUMBER} in {self.exponents.path}", f"0 to {NO_NUMBER - 1}"
+            raise GateworkError("a scale in MXFP4 is no number", got=got, expected=expected)
+        out.copy_(scales_of(exponents))
 
 
 @dataclass(frozen=True, slots=True)
 class MxTensor:
-    """A weight [E, rows, columns] of blocks and scales, read as bfloat16, which holds every such number."""
+    """A weight [E, rows, columns] of codes and scales, read as bfloat16, which holds every such number."""
 
-    blocks: StoredTensor
-    scales: StoredTensor
+    codes: MxCodes
+    scales: MxScales
 
     @property
     def dtype(self) -> str:
@@ -36,25 +74,30 @@ class MxTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *rows, groups = self.scales.shape
-        return (*rows, groups * GROUP)
+        return self.codes.shape
 
     def read_into(self, out: Tensor, start: int) -> None:
-        blocks, scales = (
-            torch.empty((len(out), *part.shape[1:]), dtype=torch.uint8) for part in (self.blocks, self.scales)
-        )
-        self.blocks.read_into(blocks, start)
+        codes = torch.empty(out.shape, dtype=torch.int8)
+        scales = torch.empty((len(out), *self.scales.shape[1:]), dtype=torch.bfloat16)
+        self.codes.read_into(codes, start)
         self.scales.read_into(scales, start)
-        if bool((scales == NO_NUMBER).any()):
-            got, expected = f"{NO_NUMBER} in {self.scales.path}", f"0 to {NO_NUMBER - 1}"
-            raise GateworkError("a scale in MXFP4 is no number", got=got, expected=expected)
-        out.copy_(numbers_of(blocks, scales))
+        out.copy_(products(codes, scales))
 
 
-def numbers_of(blocks: Tensor, scales: Tensor) -> Tensor:
-    """[..., groups * 32] float32 of blocks [..., groups, 16] and scales [..., groups]."""
-    codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)  # [..., groups, 32]
-    return torch.ldexp(NUMBERS[codes.int()], scales.int()[..., None] - BIAS).flatten(-2)
+def codes_of(blocks: Tensor) -> Tensor:
+    """[..., groups * 32] int8 of blocks [..., groups, 16]."""
+    nibbles = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-3)
+    return CODES[nibbles.int()]
+
+
+def scales_of(exponents: Tensor) -> Tensor:
+    """[..., groups] float32 of what the file calls scales: half of the power of two."""
+    return torch.ldexp(torch.ones(exponents.shape), exponents.int() - BIAS - 1)
+
+
+def products(codes: Tensor, scales: Tensor) -> Tensor:
+    """[..., groups * 32] float32."""
+    return (codes.float().unflatten(-1, (-1, GROUP)) * scales.float()[..., None]).flatten(-2)
 
 
 def is_packed(tensors: Mapping[str, Stored]) -> bool:
@@ -85,4 +128,4 @@ def _pair(stem: str, blocks: Stored, scales: Stored) -> MxTensor:
         expected = f"{BYTE} [E, rows, groups, {BLOCK_BYTES}] and [E, rows, groups]"
         raise GateworkError(f"blocks and scales of {stem} do not fit together", got=got, expected=expected)
     assert isinstance(blocks, StoredTensor) and isinstance(scales, StoredTensor)
-    return MxTensor(blocks, scales)
+    return MxTensor(MxCodes(blocks), MxScales(scales))

@@ -21,7 +21,7 @@ class BuildOptions:
     max_batch: sequences decoded at once. prefill_chunk: most prompt tokens in one step.
     group_size: weights that share a scale, at most, a power of two from 16 to 256 (32 to 128 for cuda); a matrix whose rows it
     does not divide takes the largest size that does. None: for int8 128 and for int4 32 on cpu and cuda; 128 for
-    int4 of TensorRT, whose int8 has one scale per row.
+    int4 of TensorRT, whose int8 has one scale per row; less where a checkpoint's own 8-bit codes can be kept by that.
     stages: parts that the model is cut into at layer boundaries, one graph each; for ONNX Runtime's targets only.
 
     For TensorRT only. toolchain: None chooses. calibration: file that holds the activations' ranges. strip_weights: leave the

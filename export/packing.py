@@ -26,17 +26,30 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """How codes and scales that the checkpoint has (`gatework.export.coded`) become those of an engine, unchanged.
+
+    group: neighbours that share a scale there; 0: the whole row. encode: of a part's codes and scales.
+    """
+
+    group: int
+    encode: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Pack:
     """How the weights `sources`, one after the other along axis 0, become the tensors `outputs`.
 
     `encode` turns one part of a source (an expert's matrix, or a block of rows) into the same part of every output; parts
-    are independent, so that a model of any size is packed in the memory of one part.
+    are independent, so that a model of any size is packed in the memory of one part. keep: takes its place where the sources
+    are stored as codes.
     """
 
     sources: tuple[str, ...]
     outputs: tuple[TensorSpec, ...]
     encode: Callable[[Tensor], tuple[Tensor, ...]]
+    keep: Keep | None = None
 
 
 def identity_pack(value: ir.Value) -> Pack:

@@ -51,6 +51,12 @@ def quantize_rows(
     return codes, scales
 
 
+def keep_rows(codes: Tensor, scales: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Signed codes [N, K] int8 and scales [N, blocks] as `quantize_rows` writes them; group divides a block."""
+    block = codes.shape[1] // scales.shape[1]
+    return (codes.view(torch.uint8) ^ 0x80).unflatten(1, (-1, group)), scales.repeat_interleave(block // group, 1)
+
+
 def in_blocks(codes: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Rows that `quantize_rows` made, in the layout of the CPU kernels (plugins/moe/cpu/layout.h).
 

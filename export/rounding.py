@@ -8,8 +8,8 @@ scales of least squared error, and sums in blocks, leave less.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Format:
     unit: roundoff of activations, 0.5 ulp. bits: of weights, and of the activations that meet them where `dynamic`; 0: floats.
     group: consecutive weights of a row that share a scale, at most. wide: attention and head take 16 bits where weights have 8.
     experts: the model has some. fine_group: of what `groups.fine` names; 0: a row, as in plans, whose embedding is in floats.
+    kept: weights that have the checkpoint's own codes, and so no error, with their groups.
     """
 
     unit: float
@@ -41,6 +42,7 @@ class Format:
     wide: bool = False
     experts: bool = False
     fine_group: int = FINE_GROUP
+    kept: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def attention(self) -> Format:
@@ -71,11 +73,14 @@ class Format:
 
 
 class Rounding(TorchFunctionMode):
-    """While active, every `F.linear(x, w)` and `F.embedding(ids, w)` is off by one draw of what rounding costs."""
+    """While active, every `F.linear(x, w)` and `F.embedding(ids, w)` is off by one draw of what rounding costs.
 
-    def __init__(self, form: Format, generator: torch.Generator) -> None:
+    kept: weights without an error, with the groups in which the activations that meet them are rounded.
+    """
+
+    def __init__(self, form: Format, generator: torch.Generator, kept: Sequence[tuple[Tensor, int]] = ()) -> None:
         super().__init__()
-        self._form, self._generator = form, generator
+        self._form, self._generator, self._kept = form, generator, kept
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -87,7 +92,11 @@ class Rounding(TorchFunctionMode):
 
     def _linear(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         unit, terms = self._form.unit, w.shape[-1]
-        y = F.linear(self.activation(x), self.weight(w), bias)
+        group = next((group for each, group in self._kept if each is w), None)
+        if group is None:
+            y = F.linear(self.activation(x, self._form.group), self.weight(w), bias)
+        else:
+            y = F.linear(self.activation(x, group), w, bias)
         # Partial sums grow with the square root of their length, and each is rounded: the variances add up to n/6 of a term's.
         spread = F.linear(x * x, w * w).sqrt() * (UNITS["float32"] * math.sqrt(terms / 6))
         return y + self._draw(spread * math.sqrt(12)) + self._draw(2 * unit * y.abs())
@@ -98,13 +107,13 @@ class Rounding(TorchFunctionMode):
             return w if self._form.unit == UNITS["float32"] else w + self._draw(2 * self._form.unit * w.abs())
         return w + self._draw(_group_steps(w, self._form.bits, self._form.group))
 
-    def activation(self, x: Tensor) -> Tensor:
-        """The input [..., K] of a product."""
+    def activation(self, x: Tensor, group: int) -> Tensor:
+        """The input [..., K] of a product, in groups of its weight's size."""
         x = x + self._draw(2 * _STEPS * self._form.unit * x.abs())
         if not self._form.dynamic:
             return x
         bits = 16 if self._form.wide and self._form.bits == WIDE_BITS else 8
-        return x + self._draw(_group_steps(x, bits, self._form.group))
+        return x + self._draw(_group_steps(x, bits, group))
 
     def sum_of(self, y: Tensor, size: Tensor) -> Tensor:
         """A sum y whose terms have the absolute sum `size`."""

@@ -10,33 +10,42 @@ import torch
 
 from gatework.export.config import ModelConfig
 from gatework.export.packing import TensorSpec, is_weight, pack_of
+from gatework.plugins import engine_format
 
 
 def weight_facts(model: ir.Model, config: ModelConfig, encoder: ir.Model | None = None) -> dict[str, Any]:
-    """The tensor table, and weight bytes: in all, and read for one decoded token (chosen experts, one embedding row)."""
+    """The tensor table, and weight bytes: in all, and read for one decoded token (chosen experts, one embedding row).
+
+    kept: weights that have the checkpoint's own codes, with the neighbours that share a scale; 0: a whole row.
+    """
     if encoder is not None:
-        decoder, rest = weight_facts(model, config), weight_facts(encoder, config)["tensors"]
-        own = {name: facts for name, facts in rest.items() if name not in decoder["tensors"]}
+        decoder, other = weight_facts(model, config), weight_facts(encoder, config)
+        own = {name: facts for name, facts in other["tensors"].items() if name not in decoder["tensors"]}
         sizes = decoder["weight_bytes"]
         sizes["total"] += sum(
             math.prod(facts["shape"]) * getattr(torch, facts["dtype"]).itemsize for facts in own.values()
         )
-        return decoder | {"tensors": decoder["tensors"] | own}
+        return decoder | {name: decoder[name] | other[name] for name in ("tensors", engine_format.KEPT)}
     tensors, total, per_token = {}, 0, 0.0
+    kept: dict[str, int] = {}
     for value in model.graph.initializers.values():
         if not is_weight(value):
             continue
-        spec = next(spec for spec in pack_of(value).outputs if spec.name == value.name)
+        pack = pack_of(value)
+        spec = next(spec for spec in pack.outputs if spec.name == value.name)
         nbytes = _nbytes(spec)
         tensors[spec.name] = {"dtype": str(spec.dtype).removeprefix("torch."), "shape": list(spec.shape)}
         total += nbytes
+        if pack.keep is not None:
+            kept |= dict.fromkeys(pack.sources, pack.keep.group)
         share = 1.0
         if (".moe.w_" in spec.name or ".moe.b_" in spec.name) and config.moe is not None:
             share = config.moe.top_k / config.moe.num_experts
         elif spec.name.startswith("embed.") and not _feeds_product(value):
             share = 1 / config.vocab_size
         per_token += nbytes * share
-    return {"weight_bytes": {"total": total, "per_token": round(per_token)}, "tensors": tensors}
+    sizes = {"total": total, "per_token": round(per_token)}
+    return {"weight_bytes": sizes, "tensors": tensors, engine_format.KEPT: kept}
 
 
 def _nbytes(spec: TensorSpec) -> int:

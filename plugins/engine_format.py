@@ -21,6 +21,7 @@ IN_PLACE = ("model.onnx.weights", "model.onnx.experts", ENCODER, "model.onnx")
 MAX_HEAD = 8 << 20  # bytes of a shared file, those before its weights, that are hashed at most
 
 STAGES = "stages"  # field of a staged engine's manifest: layers [first, end) and weight_bytes of each stage
+KEPT = "kept"  # field of the manifest: weights that have the checkpoint's own codes -> neighbours that share a scale, 0: a row
 
 # Files that make a tokenizer; the builder copies those that a checkpoint has, the runtime reads them from the engine.
 TOKENIZER_FILES = (

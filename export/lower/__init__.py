@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import onnx_ir as ir
@@ -42,14 +43,20 @@ CUDA_DTYPES: dict[OrtPrecision, Dtype] = {
     "int4": "bfloat16",
 }
 _BITS: dict[OrtPrecision, int] = {"int8": 8, "int4": 4}
+NO_BLOCKS: Mapping[str, int] = {}
 
 
-def lower_to_cpu(model: ir.Model, config: ModelConfig, precision: OrtPrecision, group: int) -> ir.Model:
+def lower_to_cpu(
+    model: ir.Model, config: ModelConfig, precision: OrtPrecision, group: int, *, blocks: Mapping[str, int] = NO_BLOCKS
+) -> ir.Model:
     """Rewrite a canonical float32 graph, in place, for the CPU.
+
+    Args:
+        blocks: weights stored as codes, which stay what they are where they can; see `to_packed_matmul`.
 
     Post: products, experts and embedding are in the precision asked for; routers, norms and activations are float32.
     """
-    return _lower_to_ort(model, config, _BITS.get(precision), group, CPU_KERNELS)
+    return _lower_to_ort(model, config, _BITS.get(precision), group, CPU_KERNELS, blocks)
 
 
 def lower_to_cuda(model: ir.Model, config: ModelConfig, precision: OrtPrecision, group: int) -> ir.Model:
@@ -64,7 +71,14 @@ def lower_to_cuda(model: ir.Model, config: ModelConfig, precision: OrtPrecision,
     return _lower_to_ort(model, config, _BITS.get(precision), group, kernels)
 
 
-def _lower_to_ort(model: ir.Model, config: ModelConfig, bits: int | None, group: int, kernels: Kernels) -> ir.Model:
+def _lower_to_ort(
+    model: ir.Model,
+    config: ModelConfig,
+    bits: int | None,
+    group: int,
+    kernels: Kernels,
+    blocks: Mapping[str, int] = NO_BLOCKS,
+) -> ir.Model:
     if config.alibi_bias_max is not None and not kernels.attention_bias:
         raise GateworkError("this target has no kernel for ALiBi", fix="use --target cpu, or one of TensorRT's")
     if config.ntk_length is not None and not kernels.own_positions:
@@ -80,8 +94,8 @@ def _lower_to_ort(model: ir.Model, config: ModelConfig, bits: int | None, group:
         model, _ = to_plain_softcap(model)
     experts = config.moe is not None
     if bits is not None and kernels.packed:
-        model, _ = to_packed_moe(model, bits=bits, group=group)
-        model, _ = to_packed_matmul(model, bits=bits, group=group, experts=experts)
+        model, _ = to_packed_moe(model, bits=bits, group=group, blocks=blocks)
+        model, _ = to_packed_matmul(model, bits=bits, group=group, experts=experts, blocks=blocks)
         model, _ = to_cached_attention(model)
     else:
         model, _ = to_contrib_moe(model, bits=bits, group=group, kernels=kernels)
@@ -96,19 +110,25 @@ def _lower_to_ort(model: ir.Model, config: ModelConfig, bits: int | None, group:
 
 
 def lower_to_tensorrt(
-    model: ir.Model, precision: GpuPrecision, *, group: int = 0, scales: Scales | None = None
+    model: ir.Model,
+    precision: GpuPrecision,
+    *,
+    group: int = 0,
+    scales: Scales | None = None,
+    blocks: Mapping[str, int] = NO_BLOCKS,
 ) -> ir.Model:
     """Rewrite a canonical graph, in place, to what TensorRT compiles; with the MoE's function body any ONNX runtime runs it.
 
     Args:
         group: weights that share a scale, for int4.
         scales: of activations and weights, for int8 and fp8.
+        blocks: weights stored as codes, which stay what they are where they can; see `quantize_products`.
 
     Post: products and experts are in the precision asked for; routers are float32, all else has the graph's own type.
     """
     model, _ = hoist_last_position(model)
     model, _ = to_plain_softcap(model)
-    model, _ = quantize_experts(model, WEIGHT_FORMATS[precision], group)
+    model, _ = quantize_experts(model, WEIGHT_FORMATS[precision], group, blocks)
     if precision == "fp8" or precision == "int8" or precision == "int4":
-        model, _ = quantize_products(model, precision, group=group, scales=scales)
+        model, _ = quantize_products(model, precision, group=group, scales=scales, blocks=blocks)
     return tidy(model)

@@ -6,6 +6,7 @@ prepares it for TensorRT, whose compiler never sees an expert's weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from gatework.export.packing import Pack, TensorSpec, add_packed, is_weight, pack_of, retype, set_pack
+from gatework.export.packing import Keep, Pack, TensorSpec, add_packed, is_weight, pack_of, retype, set_pack
 from gatework.export.quantize import quantize_fp8, quantize_int8_rows, quantize_rows
 from gatework.plugins.moe.spec import DOMAIN, INPUTS, MoEAttributes, WeightFormat
 from gatework.plugins.moe.tensorrt import NODE_ATTRIBUTES
@@ -36,11 +37,16 @@ def with_format(attributes: MoEAttributes, weight_format: WeightFormat, group: i
     return replace(attributes, weight_format=weight_format, group_size=group if weight_format == "int4" else 0)
 
 
-def quantize_experts(model: ir.Model, weight_format: WeightFormat, group: int) -> tuple[ir.Model, bool]:
+def quantize_experts(
+    model: ir.Model, weight_format: WeightFormat, group: int, blocks: Mapping[str, int]
+) -> tuple[ir.Model, bool]:
     """Store every MoE's weights in `weight_format`.
 
     Pre: gatework::MoE nodes with dense weights. Post: nodes of that format with float32 scales, one per row of an expert's
     matrix for fp8_e4m3 and int8, one per `group` neighbours for int4; dense changes nothing.
+
+    Args:
+        blocks: weights stored as codes, with the neighbours that share a scale; whole rows of int8 stay what they are.
     """
     nodes = moe_nodes(model) if weight_format != "dense" else []
     for node in nodes:
@@ -55,19 +61,21 @@ def quantize_experts(model: ir.Model, weight_format: WeightFormat, group: int) -
         for name in ("w_in", "w_out"):
             weight = node.inputs[INPUTS.index(name)]
             assert weight is not None
-            scale = _quantize(model.graph, weight, attributes)
+            scale = _quantize(model.graph, weight, attributes, blocks)
             node.replace_input_with(INPUTS.index(f"{name}_scale"), scale)
     return model, bool(nodes)
 
 
-def _quantize(graph: ir.Graph, weight: ir.Value, attributes: MoEAttributes) -> ir.Value:
+def _quantize(graph: ir.Graph, weight: ir.Value, attributes: MoEAttributes, blocks: Mapping[str, int]) -> ir.Value:
     """Retype a weight in place; returns its scale."""
     (spec,) = pack_of(weight).outputs
     E, rows, columns = spec.shape
     stored = TensorSpec(spec.name, _STORED[attributes.weight_format], (E, rows, attributes.stored_columns(columns)))
     scales = TensorSpec(f"{spec.name}_scale", torch.float32, (E, rows, attributes.groups(columns)))
-    pack = Pack((spec.name,), (stored, scales), partial(encode_expert, attributes=attributes))
-    (scale,) = add_packed(graph, Pack(pack.sources, (scales,), pack.encode))
+    fits = attributes.weight_format == "int8" and blocks.get(spec.name) == columns
+    keep = Keep(0, lambda codes, steps: (codes, steps.float())) if fits else None
+    pack = Pack((spec.name,), (stored, scales), partial(encode_expert, attributes=attributes), keep)
+    (scale,) = add_packed(graph, replace(pack, outputs=(scales,)))
     retype(weight, stored)
     set_pack([weight, scale], pack)
     return scale

@@ -6,6 +6,8 @@ Both graphs read the same weights, in the kernels' layout; ONNX Runtime rearrang
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,24 +17,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gatework.export.groups import ATTENTION, PADDED_GROUP, dense_format, fit_group
+from gatework.export.groups import ATTENTION, PADDED_GROUP, common_block, dense_format, fit_group
 from gatework.export.lower.cached_attention import to_group_query_attention
 from gatework.export.lower.experts import attributes_of, moe_nodes
 from gatework.export.lower.graph import MS, Builder, linear_weight, replace
 from gatework.export.lower.moe import gate_settings, has_contrib
-from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
-from gatework.export.quantize import in_blocks, quantize_rows
+from gatework.export.packing import Keep, Pack, TensorSpec, add_packed, pack_of, static_shape
+from gatework.export.quantize import in_blocks, keep_rows, quantize_rows
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe import cpu_ops
 from gatework.plugins.moe.cpu_ops import BLOCK_ROWS, STEP_BYTES, WIDE_BITS
 from gatework.plugins.moe.spec import ATTRIBUTE_KINDS, DOMAIN, MoEAttributes
 
 _HEAD, _EMBEDDING = "lm_head.weight", "embed.weight"
+_KEPT_BITS = 8  # of codes that a checkpoint may have
 
 
 def encode_blocks(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """Codes [blocks, steps, 16, 4] and scales [blocks, groups, 16] of rows [N, K]."""
     return in_blocks(*quantize_rows(rows, bits, group, torch.bfloat16), bits)
+
+
+def keep_blocks(codes: Tensor, scales: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """The same of stored codes [N, K] int8 and scales [N, blocks]."""
+    return in_blocks(*keep_rows(codes, scales, group), _KEPT_BITS)
 
 
 def block_shapes(N: int, K: int, bits: int, group: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -42,10 +50,16 @@ def block_shapes(N: int, K: int, bits: int, group: int) -> tuple[tuple[int, ...]
     return (blocks, steps, BLOCK_ROWS, STEP_BYTES), (blocks, groups, BLOCK_ROWS)
 
 
-def to_packed_matmul(model: ir.Model, *, bits: int, group: int, experts: bool) -> tuple[ir.Model, bool]:
+def to_packed_matmul(
+    model: ir.Model, *, bits: int, group: int, experts: bool, blocks: Mapping[str, int]
+) -> tuple[ir.Model, bool]:
     """Quantise every product with a weight but the routers'; for bits, group and experts see `dense_format`.
 
     Pre: canonical MatMul nodes.
+
+    Args:
+        blocks: weights stored as codes, with the neighbours that share a scale. Where 8 bits are wanted and groups can be
+            found that divide the blocks, codes and scales stay what they are.
     """
     modified = False
     for node in list(model.graph):
@@ -58,10 +72,13 @@ def to_packed_matmul(model: ir.Model, *, bits: int, group: int, experts: bool) -
         name = _HEAD if spec.name == _EMBEDDING else spec.name  # tied
         width, widest = dense_format(name, bits, group, experts=experts)
         size = fit_group(K, widest) or min(widest, PADDED_GROUP)  # the last group of an odd row is padded
+        stored = fit_group(common_block(pack.sources, blocks), size) if width == _KEPT_BITS else None
+        size = stored or size
         codes, scales = block_shapes(N, K, width, size)
         outputs = _specs(name, codes, scales)
         encode = partial(encode_blocks, bits=width, group=size)
-        packed = add_packed(model.graph, Pack(pack.sources, outputs, encode))
+        keep = None if stored is None else Keep(size, partial(keep_blocks, group=size))
+        packed = add_packed(model.graph, Pack(pack.sources, outputs, encode, keep))
         settings = {
             "N": N,
             "K": K,
@@ -75,11 +92,14 @@ def to_packed_matmul(model: ir.Model, *, bits: int, group: int, experts: bool) -
     return model, modified
 
 
-def to_packed_moe(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model, bool]:
+def to_packed_moe(model: ir.Model, *, bits: int, group: int, blocks: Mapping[str, int]) -> tuple[ir.Model, bool]:
     """Quantise every MoE's experts.
 
     Pre: gatework::MoE nodes with dense weights. Post: an expert's width is padded with zeros to whole groups, which changes
     no result.
+
+    Args:
+        blocks: see `to_packed_matmul`; both matrices have groups of one size.
     """
     nodes = moe_nodes(model)
     for node in nodes:
@@ -90,10 +110,12 @@ def to_packed_moe(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model, 
         x, router_logits, w_in, w_out, b_in, b_out = (*node.inputs, None, None)[:6]
         assert w_in is not None and w_out is not None
         E, D, I = static_shape(w_out)
-        size = _expert_group(D, group)
+        stored = [blocks.get(weight.name or "", 0) if bits == _KEPT_BITS else 0 for weight in (w_in, w_out)]
+        size = _expert_group(D, group, math.gcd(*stored))
         I += -I % size
-        fc1 = add_packed(model.graph, _experts_in(w_in, attributes.matrices, I, bits, size))
-        fc2 = add_packed(model.graph, _experts_out(w_out, I, bits, size))
+        keep_in, keep_out = (block > 0 and block % size == 0 for block in stored)
+        fc1 = add_packed(model.graph, _experts_in(w_in, attributes.matrices, I, bits, size, keep=keep_in))
+        fc2 = add_packed(model.graph, _experts_out(w_out, I, bits, size, keep=keep_out))
         settings: dict[str, Any] = attributes.to_onnx()
         for name in ("weight_format", "capacity_rule", "second_threshold"):
             del settings[name]
@@ -105,31 +127,38 @@ def to_packed_moe(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model, 
     return model, bool(nodes)
 
 
-def _expert_group(hidden: int, group: int) -> int:
+def _expert_group(hidden: int, group: int, block: int) -> int:
+    """The group size; block: a multiple of it if that can be, 0 if nothing is stored in blocks."""
     size = fit_group(hidden, group)
     if size is None:
         fix = "use --precision fp32"
         raise GateworkError(
             "experts cannot be quantised", got=f"hidden size {hidden}", expected="a multiple of 16", fix=fix
         )
-    return size
+    return fit_group(block, size) or size
 
 
 def _specs(name: str, codes: tuple[int, ...], scales: tuple[int, ...]) -> tuple[TensorSpec, TensorSpec]:
     return TensorSpec(f"{name}.codes", torch.uint8, codes), TensorSpec(f"{name}.scales", torch.bfloat16, scales)
 
 
-def _experts_in(w_in: ir.Value, matrices: int, width: int, bits: int, group: int) -> Pack:
+def _experts_in(w_in: ir.Value, matrices: int, width: int, bits: int, group: int, *, keep: bool) -> Pack:
     (spec,) = pack_of(w_in).outputs
     E, _, D = spec.shape
     codes, scales = block_shapes(width, D, bits, group)
 
-    def encode(part: Tensor) -> tuple[Tensor, ...]:
-        rows = part.unflatten(0, (matrices, -1))
-        padded = F.pad(rows, (0, 0, 0, width - rows.shape[1]))
-        return encode_blocks(padded.flatten(0, 1), bits, group)  # a width of whole groups is one of whole blocks
+    def padded(rows: Tensor) -> Tensor:
+        parts = rows.unflatten(0, (matrices, -1))
+        return F.pad(parts, (0, 0, 0, width - parts.shape[1])).flatten(0, 1)  # whole groups are whole blocks
 
-    return Pack((spec.name,), _specs(spec.name, (E, matrices, *codes), (E, matrices, *scales)), encode)
+    def encode(part: Tensor) -> tuple[Tensor, ...]:
+        return encode_blocks(padded(part), bits, group)
+
+    def kept(part: Tensor, part_scales: Tensor) -> tuple[Tensor, ...]:
+        return keep_blocks(padded(part), padded(part_scales), group)
+
+    outputs = _specs(spec.name, (E, matrices, *codes), (E, matrices, *scales))
+    return Pack((spec.name,), outputs, encode, Keep(group, kept) if keep else None)
 
 
 def _bias_in(graph: ir.Graph, b_in: ir.Value, matrices: int, width: int) -> ir.Value:
@@ -144,12 +173,13 @@ def _bias_in(graph: ir.Graph, b_in: ir.Value, matrices: int, width: int) -> ir.V
     return add_packed(graph, Pack((spec.name,), outputs, encode))[0]
 
 
-def _experts_out(w_out: ir.Value, width: int, bits: int, group: int) -> Pack:
+def _experts_out(w_out: ir.Value, width: int, bits: int, group: int, *, keep: bool) -> Pack:
     (spec,) = pack_of(w_out).outputs
     E, D, _ = spec.shape
     codes, scales = block_shapes(D, width, bits, group)
     encode = partial(encode_blocks, bits=bits, group=group)  # pads columns itself
-    return Pack((spec.name,), _specs(spec.name, (E, *codes), (E, *scales)), encode)
+    kept = Keep(group, partial(keep_blocks, group=group)) if keep else None  # whose columns are whole groups
+    return Pack((spec.name,), _specs(spec.name, (E, *codes), (E, *scales)), encode, kept)
 
 
 def to_contrib(model: ir.Model) -> tuple[ir.Model, bool]:

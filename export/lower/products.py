@@ -23,12 +23,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from gatework.export.groups import fine, fit_group
+from gatework.export.groups import common_block, fine, fit_group
 from gatework.export.lower.experts import moe_nodes
 from gatework.export.lower.graph import Builder, linear_users, linear_weight, producer, replace
-from gatework.export.packing import TORCH_DTYPES, Pack, TensorSpec, add_packed, pack_of, set_pack, static_shape
+from gatework.export.packing import TORCH_DTYPES, Keep, Pack, TensorSpec, add_packed, pack_of, set_pack, static_shape
 from gatework.export.quantize import FP8_LARGEST, one_for_zero, quantize_fp8, quantize_int8_rows, quantize_rows
 from gatework.export.smoothing import balance_columns, balance_norm
+from gatework.plugins.errors import GateworkError
 
 HEAD = "lm_head.weight"
 QuantizedPrecision = Literal["fp8", "int8", "int4"]
@@ -54,13 +55,20 @@ class Scales(Protocol):
 
 
 def quantize_products(
-    model: ir.Model, precision: QuantizedPrecision, *, group: int = 0, scales: Scales | None = None
+    model: ir.Model,
+    precision: QuantizedPrecision,
+    *,
+    group: int = 0,
+    scales: Scales | None = None,
+    blocks: Mapping[str, int],
 ) -> tuple[ir.Model, bool]:
     """Rewrite every product with a weight but the routers' and what stays as it is.
 
     Args:
         group: weights that share a scale, for int4.
         scales: for int8 and fp8.
+        blocks: weights stored as codes, with the neighbours that share a scale; whole rows of int8 stay what they are, unless
+            smoothing changes them.
     """
     quantised: dict[ir.Value, ir.Value] = {}  # q, k and v read one input
     experts = bool(moe_nodes(model))
@@ -74,7 +82,7 @@ def quantize_products(
         if spared and precision == "fp8":
             continue
         build = Builder(model.graph, node)
-        product = _Product(build, weight, _name(weight), x.dtype, _smoothing(x, scales))
+        product = _Product(build, weight, _name(weight), x.dtype, _smoothing(x, scales), blocks)
         if precision == "int4":
             w = product.int8() if spared else product.int4(group)
         else:
@@ -134,6 +142,7 @@ class _Product:
     name: str
     type: ir.DataType  # of activations and scales
     factors: Factors | None
+    blocks: Mapping[str, int]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,7 +151,10 @@ class _Product:
     def int8(self) -> ir.Value:
         N, K = static_shape(self.weight)
         encode = partial(_encode_int8, factors=self.factors, dtype=self.dtype)
-        codes, scales = self._add(torch.int8, (N, K), (N,), encode)
+        fits = common_block(pack_of(self.weight).sources, self.blocks) == K
+        exact = self.factors is None and self.dtype != torch.float16
+        keep = Keep(0, partial(_keep_int8, name=self.name, dtype=self.dtype)) if fits and exact else None
+        codes, scales = self._add(torch.int8, (N, K), (N,), encode, keep)
         return self.build.op("DequantizeLinear", codes, scales, axis=0)[0]
 
     def fp8(self, scales: Scales) -> ir.Value:
@@ -165,17 +177,30 @@ class _Product:
         return self.build.op("DequantizeLinear", codes, scales, axis=1, block_size=size)[0]
 
     def _add(
-        self, dtype: torch.dtype, shape: tuple[int, ...], scales: tuple[int, ...], encode: Encode
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        scales: tuple[int, ...],
+        encode: Encode,
+        keep: Keep | None = None,
     ) -> Sequence[ir.Value]:
         outputs = (
             TensorSpec(f"{self.name}.codes", dtype, shape),
             TensorSpec(f"{self.name}.scales", self.dtype, scales),
         )
-        return add_packed(self.build.graph, Pack(pack_of(self.weight).sources, outputs, encode))
+        return add_packed(self.build.graph, Pack(pack_of(self.weight).sources, outputs, encode, keep))
 
 
 def _encode_int8(part: Tensor, factors: Factors | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return quantize_int8_rows(part if factors is None else balance_columns(part, factors), dtype)
+
+
+def _keep_int8(codes: Tensor, scales: Tensor, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Stored codes [N, K] and scales [N, 1], which have to be positive for TensorRT: those of zeros are made so."""
+    if bool((scales < 0).any()):
+        got, fix = f"{float(scales.min())} in {name}", "use --target cpu"
+        raise GateworkError("TensorRT takes no weights with negative scales", got=got, fix=fix)
+    return torch.where(scales == 0, 0, codes), one_for_zero(scales[:, 0]).to(dtype)
 
 
 def _encode_fp8(part: Tensor, factors: Factors | None, dtype: torch.dtype, absmax: float) -> tuple[Tensor]:

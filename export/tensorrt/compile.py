@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gatework.export.checkpoint import Checkpoint
+from gatework.export.coded import stored_blocks
 from gatework.export.lower import lower_to_tensorrt
 from gatework.export.lower.experts import experts_to_inputs, moe_nodes
 from gatework.export.materialize import EXPERTS, GRAPH, write_experts, write_model
@@ -49,7 +50,8 @@ def write_graph(
     config = checkpoint.config
     assert options.max_seq is not None
     model = trace(config, options.max_seq, dtype="float16" if options.precision == "fp16" else "bfloat16")
-    model = lower_to_tensorrt(model, options.precision, group=options.group, scales=scales)  # type: ignore[arg-type]
+    blocks = stored_blocks(checkpoint)
+    model = lower_to_tensorrt(model, options.precision, group=options.group, scales=scales, blocks=blocks)  # type: ignore[arg-type]
     if options.taps:
         show_taps(model, config)
     facts = weight_facts(model, config)

@@ -69,6 +69,7 @@ def _read_engine(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     engine = Engine.open(path, check="sizes")
     names = ("format_version", "gatework_version", "target", "precision", "limits", "weight_bytes", "toolchain")
     about = {name: engine.manifest[name] for name in names}
+    about["kept"] = engine.manifest.get(engine_format.KEPT, {})
     about["stages"] = engine.manifest.get(engine_format.STAGES, [])
     about["files"] = {name: facts["size"] for name, facts in engine.manifest["files"].items()}
     return ModelConfig.from_dict(engine.model), {"kind": "engine", "engine": about}
@@ -236,10 +237,18 @@ def _engine_rows(config: ModelConfig, engine: dict[str, Any]) -> list[tuple[str,
         ),
         ("weights", f"{size(weights['total'])}, of which a decoded token reads {size(weights['per_token'])}"),
         ("KV cache when full", size(positions * config.kv_bytes_per_token(_value_bytes(engine)))),
+        *([("as stored", _kept(engine["kept"]))] if engine["kept"] else []),
         *stages,
         ("files", ", ".join(f"{name} {size(nbytes)}" for name, nbytes in _listed(engine["files"]).items())),
         ("built with", ", ".join(f"{tool} {version}" for tool, version in engine["toolchain"].items())),
     ]
+
+
+def _kept(names: dict[str, int]) -> str:
+    """Weights with the checkpoint's own codes."""
+    experts = sum(".moe." in name for name in names)
+    counts = ((experts, "stacks of experts"), (len(names) - experts, "matrices"))
+    return f"codes and scales of {' and '.join(f'{count} {what}' for count, what in counts if count)}"
 
 
 def _stage_row(config: ModelConfig, number: int, stage: dict[str, Any]) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gatework.plugins import engine_format
 from gatework.plugins.engine_format import graph_taps
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import onnxruntime_version
@@ -220,7 +221,8 @@ def _format(engine: Engine) -> Format:
     wide = cpu_ops.usable_library(onnxruntime_version()) is not None  # our own kernels run
     experts = engine.model["moe"] is not None
     fine = 0 if plan else FINE_GROUP
-    return Format(UNITS[kind], bits, group, dynamic=bool(bits) and on_cpu, wide=wide, experts=experts, fine_group=fine)
+    dynamic, kept = bool(bits) and on_cpu, engine.manifest.get(engine_format.KEPT, {})
+    return Format(UNITS[kind], bits, group, dynamic=dynamic, wide=wide, experts=experts, fine_group=fine, kept=kept)
 
 
 def _run(engine: Engine, plan: Plan, recording: Recording, threads: int | None, progress: bool) -> float | None:

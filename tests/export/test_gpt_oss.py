@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -18,9 +19,14 @@ from gatework.export.build import build_engine
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import MoEConfig
 from gatework.export.families import gpt_oss
-from gatework.export.mxfp4 import numbers_of
+from gatework.export.mxfp4 import codes_of, products, scales_of
 from gatework.export.positions import rope_tables
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.moe import cpu_ops
+from gatework.runtime.backends.ort import OrtBackend
+from gatework.runtime.engine import Engine
+from gatework.runtime.verify import verify
+from tests.export.test_coded import unpacked
 from tests.export.test_families import GPT_OSS_20B, read
 from tests.mxfp4_format import EXPERTS, WEIGHTS, write_release
 
@@ -50,7 +56,43 @@ def test_every_code_and_scale_is_what_transformers_makes_of_it() -> None:
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 255, -1, -1).contiguous()
     scales = torch.arange(255, dtype=torch.uint8)[None, :, None].expand(1, -1, 16).contiguous()
     want = convert_moe_packed_tensors(blocks, scales).transpose(1, 2)
-    assert torch.equal(numbers_of(blocks, scales).to(torch.bfloat16), want)
+    scales = scales_of(scales).to(torch.bfloat16)
+    assert torch.equal(products(codes_of(blocks), scales).to(torch.bfloat16), want)
+
+
+@pytest.mark.parametrize(("group_size", "kept"), [(None, 32), (16, 16), (64, None)])
+def test_int8_engines_hold_the_released_numbers(
+    layouts: tuple[Path, Path], tmp_path: Path, group_size: int | None, kept: int | None
+) -> None:
+    """Twice the 4-bit floats, and half their scales; in groups that are wider they are rounded, as those of floats are."""
+    engines = [build_engine(path, tmp_path / path.name, precision="int8", group_size=group_size) for path in layouts]
+    released = Engine.open(engines[0])
+    names = [f"layers.{i}.moe.{name}" for i in range(2) for name in ("w_in", "w_out")]
+    assert released.manifest["kept"] == ({} if kept is None else dict.fromkeys(names, kept))
+    for name in names:
+        (codes, scales), others = (unpacked(engine, name) for engine in engines)
+        if kept is None:
+            assert all(np.array_equal(a, b) for a, b in zip((codes, scales), others, strict=True)), name
+            continue
+        assert np.abs(codes).max() == 12
+        assert codes.shape[-1] // scales.shape[-1] == kept
+        weights = codes * scales.astype(np.float32).repeat(kept, -1)
+        assert np.array_equal(weights, Checkpoint.open(layouts[1]).read(name).float().numpy()), name
+
+
+def test_verification_expects_no_error_of_released_experts(
+    layouts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By our kernels it passes, and ONNX Runtime's give the same logits, but for what they round of activations."""
+    engine = Engine.open(build_engine(layouts[0], tmp_path / "engine", precision="int8", max_seq=40, prefill_chunk=16))
+    report = verify(engine.path, layouts[0], tokens=4, threads=1)
+    assert report.passed, str(report)
+    tokens = list(range(1, 17))
+    native = OrtBackend(engine, max_batch=1, threads=1).prefill(0, tokens, 0).copy()
+    monkeypatch.setattr(cpu_ops, "find_library", lambda: None)
+    with pytest.warns(UserWarning, match="ONNX Runtime's are used, which are slower"):
+        fallback = OrtBackend(engine, max_batch=1, threads=1).prefill(0, tokens, 0)
+    assert np.abs(native - fallback).max() <= 0.04 * np.abs(native).max()
 
 
 def spoilt(layouts: tuple[Path, Path], folder: Path, **tensors: Any) -> Path:
@@ -89,13 +131,16 @@ def test_misfits_are_refused(layouts: tuple[Path, Path], tmp_path: Path, tensors
         Checkpoint.open(spoilt(layouts, tmp_path, **tensors))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize(("scale", "message"), [(255, "a scale in MXFP4 is no number"), (254, "are not finite")])
-def test_scales_that_no_weight_has(layouts: tuple[Path, Path], tmp_path: Path, scale: int, message: str) -> None:
+def test_scales_that_no_weight_has(
+    layouts: tuple[Path, Path], tmp_path: Path, scale: int, message: str, precision: str
+) -> None:
     """6 * 2^127 is beyond bfloat16."""
     blocks = torch.full((8, 192, 2, 16), 0x77, dtype=torch.uint8)
     path = spoilt(layouts, tmp_path, _blocks=blocks, _scales=torch.full((8, 192, 2), scale, dtype=torch.uint8))
     with pytest.raises(GateworkError, match=message):
-        build_engine(path, tmp_path / "engine", precision="fp32")
+        build_engine(path, tmp_path / "engine", precision=precision)
     assert not (tmp_path / "engine").exists()
 
 

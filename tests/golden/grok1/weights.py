@@ -61,8 +61,10 @@ def dequantized(tensor: QuantizedWeight8bit) -> np.ndarray:
 Tensor = np.ndarray | QuantizedWeight8bit
 
 
-def tensors(seed: int = SEED, layers: int = LAYERS) -> dict[tuple[str, str], Tensor]:
-    """Parameters by module and name, in the order of their files."""
+def tensors(
+    seed: int = SEED, layers: int = LAYERS, width: int = I, shards: int = SHARDS
+) -> dict[tuple[str, str], Tensor]:
+    """Parameters by module and name, in the order of their files. width: of experts."""
     rng = np.random.RandomState(seed)
 
     def normal(*shape: int, mean: float = 0.0, std: float = 0.1) -> np.ndarray:
@@ -77,17 +79,17 @@ def tensors(seed: int = SEED, layers: int = LAYERS) -> dict[tuple[str, str], Ten
         ("language_model/in_out_embed", "embeddings"): normal(V, D, std=0.5),
         ("language_model/rms_norm", "scale"): normal(D, mean=1.0),
     }
-    width, kv_width = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    q_width, kv_width = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
     for layer in sorted(f"decoder_layer_{i}" for i in range(layers)):
         block, attention = f"{layer}/moe", f"{layer}/multi_head_attention"
         prefix = "transformer/"
         found |= {
-            (f"{prefix}{block}/linear", "w"): quantized(E, D, I),
-            (f"{prefix}{block}/linear_1", "w"): quantized(E, I, D, groups=SHARDS),
-            (f"{prefix}{block}/linear_v", "w"): quantized(E, D, I),
+            (f"{prefix}{block}/linear", "w"): quantized(E, D, width),
+            (f"{prefix}{block}/linear_1", "w"): quantized(E, width, D, groups=shards),
+            (f"{prefix}{block}/linear_v", "w"): quantized(E, D, width),
             (f"{prefix}{attention}/key", "w"): quantized(D, kv_width, std=0.35),
-            (f"{prefix}{attention}/linear", "w"): quantized(width, D, groups=SHARDS),
-            (f"{prefix}{attention}/query", "w"): quantized(D, width, std=0.35),
+            (f"{prefix}{attention}/linear", "w"): quantized(q_width, D, groups=shards),
+            (f"{prefix}{attention}/query", "w"): quantized(D, q_width, std=0.35),
             (f"{prefix}{attention}/value", "w"): quantized(D, kv_width),
         }
         for norm in ("rms_norm", "rms_norm_1", "rms_norm_2", "rms_norm_3"):
