@@ -23,9 +23,10 @@ from gatework import LLM, SamplingParams
 from gatework.export import build
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.options import BuildOptions
-from gatework.export.tensorrt.compile import PLAN, compile_tensorrt
+from gatework.export.tensorrt.compile import compile_tensorrt
 from gatework.export.tensorrt.scales import load_scales
 from gatework.export.tensorrt.toolchain import Compiler
+from gatework.plugins.engine_format import PLAN
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import gpu_capability
 from gatework.plugins.moe.launcher import Launcher

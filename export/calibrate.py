@@ -69,7 +69,7 @@ def calibrate(
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(os.fspath(source))
     if checkpoint.config.encoder_layers:
-        raise GateworkError("calibration is for TensorRT, which runs no encoder", fix="use --target cpu")
+        raise GateworkError("models with an encoder are not calibrated", fix="build another precision")
     window = min(WINDOW, checkpoint.config.max_position_embeddings) if window is None else window
     _check_arguments(checkpoint.config, token_ids, window, smooth, percentile)
     run = _Run(checkpoint, smooth, percentile, _windows(checkpoint, token_ids, window))

@@ -21,8 +21,9 @@ from gatework import GateworkError
 from gatework.export.build import build_engine
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.options import BuildOptions
-from gatework.export.tensorrt.compile import write_graph
+from gatework.export.tensorrt.compile import write_graphs
 from gatework.export.tensorrt.scales import load_scales
+from gatework.plugins.engine_format import PLAN
 from gatework.runtime.backends import tensorrt
 from gatework.runtime.backends.experts import Place, chunks, read_places, span
 from gatework.runtime.backends.kv import ALIGNMENT, HostCache, cache_names
@@ -90,9 +91,9 @@ def test_a_graphs_names_are_those_of_the_plan(checkpoint: Path, tmp_path: Path) 
     """The backend binds what the exporter's graph reads: the names are those of the file that TensorRT parses."""
     options = BuildOptions(target="a100", precision="int4", max_seq=16)
     opened = Checkpoint.open(checkpoint)
-    graph = write_graph(opened, tmp_path, options, load_scales(opened, options))
-    written = onnx.load(graph.path, load_external_data=False).graph
-    experts = {spec.name: 0 for pack in graph.experts for spec in pack.outputs}
+    model = write_graphs(opened, tmp_path, options, load_scales(opened, options))
+    written = onnx.load(model.graphs[PLAN].path, load_external_data=False).graph
+    experts = {spec.name: 0 for pack in model.experts for spec in pack.outputs}
     layout = kv_layout(opened.config.to_dict(), 16, 2)
     known = tensor_addresses(0, 0, HostCache(layout), experts, 0, (1, 1))
     assert {value.name for value in (*written.input, *written.output)} == set(known)
