@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ from gatework.plugins.machine import gpu_capability
 from gatework.plugins.moe.kernels.compile import load
 from gatework.plugins.moe.kernels.launches import launches
 from gatework.plugins.moe.spec import MoEAttributes, MoESizes
+from tests.fake_quantised import round_groups, round_rows
 from tests.plan_text import compiled_products
 from tests.switch import Oracle, make_switch
 
@@ -151,12 +153,17 @@ def test_static_scales_are_refused_before_any_work(checkpoint: Path) -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("capacity", [3, 0], ids=["drops", "dropless"])
-def test_what_tensorrt_gets_equals_transformers(tmp_path: Path, capacity: int) -> None:
-    """In float32, on the CPU: two prompts of their own lengths, one by one through the encoder, then decoded together."""
+@pytest.mark.parametrize(("capacity", "precision"), [(3, "bf16"), (0, "bf16"), (3, "int4")])
+def test_what_tensorrt_gets_equals_transformers(tmp_path: Path, capacity: int, precision: str) -> None:
+    """In float32, on the CPU: two prompts of their own lengths, one by one through the encoder, then decoded together.
+
+    Under int4 transformers' weights are rounded by formulas of the tests' own.
+    """
     path = make_switch(tmp_path, expert_capacity=capacity)
     oracle = Oracle(path, **({} if capacity else {"expert_capacity": 1000}))
-    encode, decode = (session(path, tmp_path, name) for name in ("encoder", "model"))
+    if precision == "int4":
+        round_to_int4(oracle.model)
+    encode, decode = (session(path, tmp_path, name, precision) for name in ("encoder", "model"))
     prompts = [np.random.default_rng(n).integers(2, 128, (1, n)) for n in (24, 13)]
     found = [encode({"input_ids": ids, "source_lengths": np.array([ids.shape[1]])}) for ids in prompts]
     lengths = np.array([ids.shape[1] for ids in prompts])
@@ -176,13 +183,28 @@ def test_what_tensorrt_gets_equals_transformers(tmp_path: Path, capacity: int) -
             assert np.abs(values["logits"][row, 0] - want[row][at]).max() <= 1e-5 * np.abs(want[row][at]).max()
 
 
-def session(path: Path, folder: Path, name: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+def round_to_int4(model: torch.nn.Module) -> None:
+    """What an int4 plan stores: 8 bits of attention and head, 4 of the feed-forward parts, routers as they are."""
+    model.lm_head.weight = torch.nn.Parameter(model.shared.weight.clone())  # tied ones part
+    for name, weight in model.named_parameters():
+        if re.search(r"Attention\.[qkvo]\.weight|lm_head", name):
+            weight.copy_(round_rows(weight, "int8"))
+        elif ".experts." in name:
+            weight.copy_(round_groups(weight, 128, positive=False))
+        elif re.search(r"mlp\.w[io]\.weight", name):
+            group = {64: 64, 96: 32}[weight.shape[1]]  # the largest that divides a row
+            weight.copy_(round_groups(weight, group, positive=True))
+
+
+def session(
+    path: Path, folder: Path, name: str, precision: str
+) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """Runs a lowered graph, and gives its outputs by name."""
     checkpoint = Checkpoint.open(path)
     graph = trace_encoder(checkpoint.config)
     if name == "model":
         graph = trace(checkpoint.config, MAX_SEQ, fixed_source=True)
-    lowered = lower_to_tensorrt(graph, "bf16")
+    lowered = lower_to_tensorrt(graph, precision, group=FORMATS[precision][1])  # type: ignore[arg-type]
     add_function_body(lowered)
     (folder / name).mkdir()
     write_model(lowered, checkpoint, folder / name)
