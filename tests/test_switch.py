@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 
 from gatework import LLM, SamplingParams
 from gatework.export.build import build_engine, export_onnx
-from gatework.export.calibrate import calibrate
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.groups import DEFAULT_GROUPS
 from gatework.export.options import BuildOptions
@@ -159,5 +158,3 @@ def test_what_is_for_decoders_alone_says_so(tmp_path: Path) -> None:
     path = make_switch(tmp_path)
     with pytest.raises(GateworkError, match="golden files are for models without an encoder"):
         export_onnx(path, tmp_path / "onnx", golden=tmp_path / "golden")
-    with pytest.raises(GateworkError, match="models with an encoder are not calibrated"):
-        calibrate(path, [1, 2, 3])

@@ -10,7 +10,7 @@ from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import ModelConfig
 from gatework.export.groups import fine
 from gatework.export.lower.products import LARGEST
-from gatework.export.options import TAPPED, BuildOptions
+from gatework.export.options import BuildOptions
 from gatework.export.smoothing import balance_columns
 from gatework.plugins.errors import GateworkError
 
@@ -61,9 +61,6 @@ def load_scales(checkpoint: Checkpoint, options: BuildOptions) -> StaticScales:
     if options.calibration is not None:
         return StaticScales(checkpoint, Calibration.load(options.calibration, checkpoint))
     if static_products(checkpoint.config, options.precision) and not options.plan_only:
-        if checkpoint.config.encoder_layers:
-            what, fix = "models with an encoder are not calibrated", f"use --precision {' or '.join(TAPPED)}"
-            raise GateworkError(what, got=options.precision, expected="a precision without static scales", fix=fix)
         fix = f"gatework calibrate {checkpoint.path} --text FILE --out calibration.json, then --calibration calibration.json"
         raise GateworkError(f"{options.precision} on {options.target} needs the ranges of activations", fix=fix)
     return StaticScales(checkpoint, None)
