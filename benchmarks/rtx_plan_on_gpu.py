@@ -23,9 +23,10 @@ from gatework import LLM, SamplingParams
 from gatework.export import build
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.options import BuildOptions
-from gatework.export.tensorrt.compile import PLAN, compile_tensorrt
+from gatework.export.tensorrt.compile import compile_tensorrt
 from gatework.export.tensorrt.scales import load_scales
 from gatework.export.tensorrt.toolchain import Compiler
+from gatework.plugins.engine_format import PLAN
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import gpu_capability
 from gatework.plugins.moe.launcher import Launcher
@@ -33,6 +34,7 @@ from gatework.plugins.moe.tensorrt import register
 from gatework.plugins.tensorrt_module import load_toolchain
 from gatework.runtime.backends import tensorrt as backend
 from gatework.runtime.backends.device import Device
+from gatework.runtime.backends.plan import load_plan, new_context
 
 PLANS = {"SM80": "SM80", "CURRENT": None}
 LOADED = "context"
@@ -88,9 +90,9 @@ def load(sm: str | None, source: Path) -> None:
             compiler = Compiler("tensorrt_rtx", sm, trt.__version__)
             compile_tensorrt(checkpoint, Path(folder), options, compiler, load_scales(checkpoint, options))
             say(reached="compiled")
-            engine = backend.load_plan(trt, register(trt), Path(folder) / PLAN)
+            engine = load_plan(trt, register(trt), Path(folder) / PLAN)
             say(reached="loaded")
-            backend.new_context(trt, engine, backend.PREFILL, Device().stream_address)
+            new_context(trt, engine, backend.PREFILL, Device().stream_address)
             say(reached=LOADED)
     except (GateworkError, RuntimeError) as error:
         say(error=" ".join(str(error).split()))

@@ -10,7 +10,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TypeAlias
 
@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gatework.export import encoder
 from gatework.export.calibration import Calibration, Range, check_range
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import ModelConfig
 from gatework.export.decoder import Layer, Step, norm, scaled
-from gatework.export.positions import rope_tables
+from gatework.export.encoded import load_bias
+from gatework.export.positions import RelativeBias, rope_tables
 from gatework.export.recorder import Recorder, Tracker
 from gatework.export.reference import load_weights
 from gatework.export.smoothing import balanced_products, column_absmax, smoothing_factors
@@ -35,6 +37,7 @@ _TOOLS = ("gatework", "torch")
 # Weights whose products share an input, in each half of a layer, or in a parallel one; the norm before makes the first one.
 _Groups: TypeAlias = tuple[tuple[str, ...], ...]
 _ATTENTION: _Groups = (("attn.q.weight", "attn.k.weight", "attn.v.weight"), ("attn.o.weight",))
+_CROSS: _Groups = (("cross.q.weight",), ("cross.o.weight",))
 _MLP: _Groups = (("mlp.w_in",), ("mlp.w_out",))
 _SHARED: _Groups = (("moe.shared.w_in",), ("moe.shared.w_out",))
 _PARALLEL: _Groups = ((*_ATTENTION[0], *_MLP[0]), _ATTENTION[1], _MLP[1])
@@ -53,7 +56,8 @@ def calibrate(
 ) -> Calibration:
     """Measure the activations of a checkpoint in float32 over a text.
 
-    The text is cut into consecutive windows, and each runs alone, from an empty cache.
+    The text is cut into consecutive windows, and each runs alone, from an empty cache. An encoder reads the first half of
+    each, and the decoder behind it goes along the second.
 
     Args:
         token_ids: the text, at least two tokens.
@@ -68,8 +72,6 @@ def calibrate(
         GateworkError: a bad checkpoint or argument, or activations that are not finite.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(os.fspath(source))
-    if checkpoint.config.encoder_layers:
-        raise GateworkError("calibration is for TensorRT, which runs no encoder", fix="use --target cpu")
     window = min(WINDOW, checkpoint.config.max_position_embeddings) if window is None else window
     _check_arguments(checkpoint.config, token_ids, window, smooth, percentile)
     run = _Run(checkpoint, smooth, percentile, _windows(checkpoint, token_ids, window))
@@ -109,28 +111,40 @@ def _check_arguments(
 
 @dataclass(slots=True)
 class _Window:
-    """Tokens on their way through the layers."""
+    """Tokens on their way through the layers, and their prompt's through the encoder, which ends as its output."""
 
     hidden: Tensor  # [1, S, D] float32
     step: Step
+    encoded: Tensor | None = None  # [1, L, D] float32
 
 
 def _windows(checkpoint: Checkpoint, token_ids: Sequence[int], size: int) -> list[_Window]:
     """The text, embedded; only the rows that it needs stay in memory."""
     config = checkpoint.config
     parts = torch.tensor(token_ids).split(size)
+    prompts: list[Tensor | None] = [None] * len(parts)
+    if config.start_token_id is not None:
+        start, halves = torch.tensor([config.start_token_id]), [part.tensor_split(2) for part in parts]
+        prompts, parts = [first for first, _ in halves], tuple(torch.cat((start, second)) for _, second in halves)
     positions = {len(part): torch.arange(len(part))[None] for part in parts}  # [1, S]; the last part may be shorter
-    steps = {S: _step(config, at) for S, at in positions.items()}
+    bias = None if config.relative_buckets is None else load_bias(checkpoint, "", both_sides=False)
+    steps = {S: _step(config, at, bias) for S, at in positions.items()}
     table = checkpoint.read("embed.weight")  # [V, D]
-    multiplier = config.embed_multiplier
-    return [_Window(scaled(table[part][None].float(), multiplier), steps[len(part)]) for part in parts]
+
+    def embedded(ids: Tensor) -> Tensor:
+        return scaled(table[ids][None].float(), config.embed_multiplier)
+
+    return [
+        _Window(embedded(part), steps[len(part)], None if prompt is None else embedded(prompt))
+        for part, prompt in zip(parts, prompts, strict=True)
+    ]
 
 
-def _step(config: ModelConfig, positions: Tensor) -> Step:
+def _step(config: ModelConfig, positions: Tensor, bias: RelativeBias | None) -> Step:
     """Of one sequence, positions [1, S]."""
     S = positions.shape[1]
     tables, lengths = rope_tables(config, S), torch.tensor([[S]])
-    return Step(config, positions, positions[:, 0], S, *tables, prompt_lengths=lengths)
+    return Step(config, positions, positions[:, 0], S, *tables, prompt_lengths=lengths, relative_bias=bias)
 
 
 @dataclass(slots=True)
@@ -146,13 +160,16 @@ class _Run:
 
     @property
     def config(self) -> ModelConfig:
-        return self.checkpoint.config
+        """The decoder takes one token a step, so that no expert of it is ever full."""
+        return replace(self.checkpoint.config, sequence_capacity=0)
 
     @torch.inference_mode()
     def all(self, progress: bool) -> None:
         """Layer by layer, each freed before the next one is read."""
-        total = self.config.num_layers * len(self.windows)
+        total = (self.config.encoder_layers + self.config.num_layers) * len(self.windows)
         with tqdm(total=total, unit="window", desc="calibrate", disable=not progress, file=sys.stderr) as bar:
+            if self.config.encoder_layers:
+                self.encode(bar.update)
             for i in range(self.config.num_layers):
                 self.layer(i, bar.update)
         self.head()
@@ -187,6 +204,8 @@ class _Run:
             self.part(layer, prefix, "attn_norm", _PARALLEL, both)
             return
         self.part(layer, prefix, "attn_norm", _ATTENTION, attend)
+        if layer.has_cross:
+            self.part(layer, prefix, "cross_norm", _CROSS, self.attend_source(layer, prefix))
         routed = _SHARED if config.has_shared(i) else ()
         self.part(layer, prefix, "ffn_norm", routed if config.has_experts(i) else _MLP, feed_forward)
         if layer.has_extra:
@@ -208,17 +227,63 @@ class _Run:
         for group, tracker in trackers.items():
             self.record([prefix + name for name in group], tracker)
 
+    def encode(self, done: Callable[[], object]) -> None:
+        """Take every prompt through the encoder."""
+        config, windows = self.checkpoint.config.encoder, self.windows
+        assert config is not None
+        bias = load_bias(self.checkpoint, "encoder.", both_sides=True)
+        self.windows = [_Window(window.encoded, window.step) for window in windows if window.encoded is not None]
+        for i in range(config.num_layers):
+            with torch.device("meta"):
+                layer = Layer(config, i).eval()
+            load_weights(layer, self.checkpoint, prefix := f"encoder.layers.{i}.")
+
+            def attend(window: _Window, layer: Layer = layer) -> None:
+                positions = torch.arange(window.hidden.shape[1])
+                window.hidden = encoder.attend(layer, window.hidden, bias(positions[None], positions))
+
+            def feed_forward(window: _Window, layer: Layer = layer) -> None:
+                window.hidden = layer.feed_forward(window.hidden, window.hidden)
+                done()
+
+            self.part(layer, prefix, "attn_norm", _ATTENTION, attend)
+            self.part(layer, prefix, "ffn_norm", () if config.has_experts(i) else _MLP, feed_forward)
+        names = [f"layers.{i}.cross.{kind}.weight" for i in range(self.config.num_layers) for kind in "kv"]
+        parts = (part for name in names for part in self.checkpoint.parts(name))
+        self.last_norm("encoder.norm", names, parts)
+        for window, read in zip(windows, self.windows, strict=True):
+            window.encoded = read.hidden
+        self.windows = windows
+
+    def attend_source(self, layer: Layer, prefix: str) -> Callable[[_Window], None]:
+        """What takes a window through a layer's attention to the encoder's output."""
+        with torch.device("meta"):
+            source = encoder.SourceKeys(self.config).eval()
+        load_weights(source, self.checkpoint, f"{prefix}cross.")
+
+        def attend(window: _Window) -> None:
+            assert window.encoded is not None
+            k, v = source(window.encoded)
+            seen = torch.ones(1, 1, window.hidden.shape[1], k.shape[2], dtype=torch.bool)
+            window.hidden = window.hidden + layer.cross(layer.cross_norm(window.hidden), k, v, seen)
+
+        return attend
+
     def head(self) -> None:
         """The last norm; the logits themselves are of no use here."""
-        config = self.config
+        weight = "embed.weight" if self.config.tie_embeddings else "lm_head.weight"
+        self.last_norm("norm", ["lm_head.weight"], self.checkpoint.parts(weight))
+
+    def last_norm(self, name: str, products: list[str], weights: Iterable[Tensor]) -> None:
+        """Take every window through the norm after a stack's layers; `weights` are those of the products that read it."""
         with torch.device("meta"):
-            last = norm(config).eval()
-        load_weights(last, self.checkpoint, "norm.")
-        weight = "embed.weight" if config.tie_embeddings else "lm_head.weight"
-        tracker = self.tracker(config.hidden_size, self.balance("norm.weight", last, self.checkpoint.parts(weight)))
+            last = norm(self.config).eval()
+        load_weights(last, self.checkpoint, f"{name}.")
+        tracker = self.tracker(self.config.hidden_size, self.balance(f"{name}.weight", last, weights))
         for window in self.windows:
-            tracker.add(last(window.hidden))
-        self.record(["lm_head.weight"], tracker)
+            window.hidden = last(window.hidden)
+            tracker.add(window.hidden)
+        self.record(products, tracker)
 
     def balance(self, name: str, module: nn.Module, weights: Iterable[Tensor]) -> Tensor | None:
         """The factors [D] of a norm that all windows stand before, and that feeds `weights`; None if it is not balanced."""

@@ -30,7 +30,7 @@ def dense_products(config: ModelConfig) -> tuple[str, ...]:
     `lm_head.weight` is among them with tied embeddings as well.
     """
     matrices = [name for name, shape in config.tensor_shapes().items() if len(shape) == 2]
-    others = (".router.weight", ".moe.b_in", ".moe.b_out")
+    others = (".router.weight", "relative_bias.weight", ".moe.b_in", ".moe.b_out")
     dense = (name for name in matrices if name != "embed.weight" and not name.endswith(others))
     return tuple(dict.fromkeys([*dense, "lm_head.weight"]))
 

@@ -73,6 +73,11 @@ class Encoder(nn.Module):
 
 def through(layer: Layer, x: Tensor, mask: Tensor) -> Tensor:
     """One layer; mask [B, H, S, S]: what is added to the scores."""
+    return layer.feed_forward(attend(layer, x, mask), x)
+
+
+def attend(layer: Layer, x: Tensor, mask: Tensor) -> Tensor:
+    """Its first half."""
     attention, normed = layer.attn, layer.attn_norm(x)
     q, k, v = (attention.heads(product(normed)) for product in (attention.q, attention.k, attention.v))
-    return layer.feed_forward(x + attention.o(attention.read(q, k, v, mask)), x)
+    return x + attention.o(attention.read(q, k, v, mask))

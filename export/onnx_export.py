@@ -23,6 +23,7 @@ from gatework.export.packing import identity_pack, set_pack
 from gatework.export.positions import relative_buckets, rope_tables
 from gatework.export.repeat import repeat_layers
 from gatework.export.taps import name_taps
+from gatework.plugins.engine_format import CROSS, SOURCE_LENGTHS
 from gatework.plugins.moe import onnx_op, torch_op
 from gatework.plugins.moe.spec import INPUTS
 
@@ -31,7 +32,6 @@ _B_IN = INPUTS.index("b_in")
 _TRACED_LAYERS = 2  # at least; the rest are copies of those that are not the first
 STEP_INPUTS = ("input_ids", "position_ids", "write_indices")
 ROPE_TABLES = ("rope_cos", "rope_sin")
-CROSS, SOURCE_LENGTHS = "cross", "source_lengths"  # what the decoder reads of the encoder
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
@@ -40,8 +40,18 @@ def cache_names(config: ModelConfig, prefix: str) -> list[str]:
     return [f"{prefix}.{i}.{kind}" for i in range(config.num_layers) for kind in "kv"]
 
 
-def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_logits: bool = False) -> ir.Model:
+def trace(
+    config: ModelConfig,
+    max_seq: int,
+    *,
+    dtype: Dtype = "float32",
+    all_logits: bool = False,
+    fixed_source: bool = False,
+) -> ir.Model:
     """The canonical graph of a model.
+
+    Args:
+        fixed_source: the encoder's keys and values have room for max_seq positions, as the cache has, instead of any length.
 
     Inputs and outputs are those of DESIGN.md's table. Every weight is an initializer that bears its canonical name, dtype
     `dtype` and shape but holds no data; the rotary tables and scalar constants do hold data.
@@ -56,7 +66,7 @@ def trace(config: ModelConfig, max_seq: int, *, dtype: Dtype = "float32", all_lo
         cache, cross = decoder.empty_cache(2), decoder.empty_cache(2) if config.encoder_layers else None
     lengths = ids[:, 0].clone()
     rows, both = {0: batch}, {0: batch, 1: torch.export.Dim("seq", max=max(max_seq, ids.shape[1]))}
-    source = {0: batch, 2: torch.export.Dim("source")}
+    source = rows if fixed_source else {0: batch, 2: torch.export.Dim("source")}
     inputs: dict[str, tuple[Any, Any]] = {
         "input_ids": (ids, both),
         "position_ids": (ids.clone(), both),

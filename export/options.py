@@ -94,17 +94,25 @@ class BuildOptions:
         """The same with limits that the model has: max_seq is set, and prefill_chunk at most that.
 
         Raises:
-            GateworkError: a max_seq beyond the model's, more stages than layers, or an encoder where none can run.
+            GateworkError: a max_seq beyond the model's, more stages than layers, or what is not there for encoders.
         """
-        if config.encoder_layers and (self.target != "cpu" or self.stages > 1):
-            got = f"target {self.target}" if self.target != "cpu" else f"{self.stages} stages"
-            fix = "leave --stages out" if self.target == "cpu" else "use --target cpu"
-            raise GateworkError("encoders run on the CPU alone, unsplit", got=got, expected="target cpu", fix=fix)
+        if config.encoder_layers:
+            self._check_encoder()
         if self.stages > config.num_layers:
             expected = f"at most {config.num_layers}, the model's layers"
             raise GateworkError("there are more stages than layers", got=self.stages, expected=expected)
         length = fit_length(config, self.max_seq)
         return replace(self, max_seq=length, prefill_chunk=min(self.prefill_chunk, length))
+
+    def _check_encoder(self) -> None:
+        """Raise for what a model with an encoder cannot have."""
+        if self.target == "cuda":
+            fix = "use --target cpu, or one of TensorRT's"
+            raise GateworkError("encoders do not run on this target", got=f"target {self.target}", fix=fix)
+        given = {"stages": self.stages > 1, "strip_weights": self.strip_weights, "taps": self.taps}
+        for name in (name for name, wanted in given.items() if wanted):
+            got = f"{self.target}, {name} {getattr(self, name)}"
+            raise GateworkError(f"{name} is for models without an encoder", got=got, fix="leave it out")
 
 
 def fit_length(config: ModelConfig, max_seq: int | None) -> int:

@@ -123,7 +123,12 @@ def _gpu_dense_bytes(name: str, shape: tuple[int, ...], precision: str, group: i
     if ".router." in name:
         return 4 * math.prod(shape)
     spared = fine(name, experts=experts)
-    as_it_is = name.startswith("embed.") or precision in ("bf16", "fp16") or (spared and precision == "fp8")
+    as_it_is = (
+        "relative_bias." in name
+        or name.startswith("embed.")
+        or precision in ("bf16", "fp16")
+        or (spared and precision == "fp8")
+    )
     if len(shape) == 1 or _EXPERT_BIASES in name or as_it_is:
         return GPU_VALUE * math.prod(shape)
     rows, columns = shape

@@ -24,14 +24,29 @@ def balanced_products(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     as well, and stays out. With tied embeddings `lm_head.weight` stands for the head's own copy of the embedding table.
     """
     fed: dict[str, tuple[str, ...]] = {}
-    for i in range(config.num_layers):
-        beside = (f"layers.{i}.mlp.w_in",) if config.parallel else ()
+    if config.encoder is not None:
+        fed = {
+            f"encoder.{norm}": tuple(f"encoder.{name}" for name in names)
+            for norm, names in _fed(config.encoder).items()
+        }
+        sources = (f"layers.{i}.cross.{name}.weight" for i in range(config.num_layers) for name in "kv")
+        fed["encoder.norm.weight"] = tuple(sources)
+    return fed | _fed(config) | {"norm.weight": ("lm_head.weight",)}
+
+
+def _fed(stack: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """By the norms in the layers."""
+    fed: dict[str, tuple[str, ...]] = {}
+    for i in range(stack.num_layers):
+        beside = (f"layers.{i}.mlp.w_in",) if stack.parallel else ()
         fed[f"layers.{i}.attn_norm.weight"] = (*(f"layers.{i}.attn.{name}.weight" for name in "qkv"), *beside)
-        if config.has_extra(i):
+        if stack.encoder_layers:
+            fed[f"layers.{i}.cross_norm.weight"] = (f"layers.{i}.cross.q.weight",)
+        if stack.has_extra(i):
             fed[f"layers.{i}.extra_norm.weight"] = (f"layers.{i}.extra_mlp.w_in",)
-        if not (config.has_experts(i) or config.parallel):
+        if not (stack.has_experts(i) or stack.parallel):
             fed[f"layers.{i}.ffn_norm.weight"] = (f"layers.{i}.mlp.w_in",)
-    return fed | {"norm.weight": ("lm_head.weight",)}
+    return fed
 
 
 def column_absmax(x: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 FALLBACK = "fallback.onnx"  # of a CPU engine: the graph for machines without the CPU kernels' library
 ENCODER = "encoder.onnx"  # of an encoder-decoder model; reads the same weight files as model.onnx
+PLAN, ENCODER_PLAN = "model.plan", "encoder.plan"  # of TensorRT engines
+# What a decoder reads of its encoder: cross.{layer}.k and .v, and the lengths of the prompts.
+CROSS, SOURCE_LENGTHS = "cross", "source_lengths"
 KERNELS = "kernels"  # a folder in an engine: compiled GPU kernels
 CHECKPOINT = "checkpoint"  # a folder in a portable model: files that it shares with the checkpoint it was made from
 # Of a portable model inside the checkpoint's own folder: names that no reader of a checkpoint looks for, the graph last.

@@ -181,7 +181,8 @@ def _check_numbers(file: Path, manifest: dict[str, Any]) -> None:
         raise _damaged(file, "its model's layers are not known")
     layers, start = model.get("encoder_layers", 0), model.get("start_token_id")
     starts = type(start) is int and 0 <= start < model["vocab_size"]
-    if layers and not (_is_count(layers) and starts and engine_format.ENCODER in manifest["files"]):
+    encoders = {engine_format.ENCODER, engine_format.ENCODER_PLAN}
+    if layers and not (_is_count(layers) and starts and encoders & manifest["files"].keys()):
         raise _damaged(file, "its model's encoder is not known")
     _check_stages(file, manifest)
 

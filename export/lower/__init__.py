@@ -22,6 +22,8 @@ from gatework.export.lower.norm import fuse_residual_norm
 from gatework.export.lower.packed import to_packed_matmul, to_packed_moe
 from gatework.export.lower.products import Scales, quantize_products
 from gatework.export.lower.softcap import to_plain_softcap
+from gatework.export.lower.source_mask import to_compared_source_mask
+from gatework.plugins.engine_format import SOURCE_LENGTHS
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import WeightFormat
 
@@ -119,6 +121,8 @@ def lower_to_tensorrt(
 ) -> ir.Model:
     """Rewrite a canonical graph, in place, to what TensorRT compiles; with the MoE's function body any ONNX runtime runs it.
 
+    The encoder's graph of a model that has one is lowered like the decoder's.
+
     Args:
         group: weights that share a scale, for int4.
         scales: of activations and weights, for int8 and fp8.
@@ -126,7 +130,10 @@ def lower_to_tensorrt(
 
     Post: products and experts are in the precision asked for; routers are float32, all else has the graph's own type.
     """
-    model, _ = hoist_last_position(model)
+    if any(value.name == SOURCE_LENGTHS for value in model.graph.inputs):  # no prompt has more than its start token
+        model, _ = to_compared_source_mask(model)
+    else:
+        model, _ = hoist_last_position(model)
     model, _ = to_plain_softcap(model)
     model, _ = quantize_experts(model, WEIGHT_FORMATS[precision], group, blocks)
     if precision == "fp8" or precision == "int8" or precision == "int4":

@@ -26,7 +26,7 @@ class PlanRequest:
     graph: the ONNX file, its weights beside it. plan: the file to write.
     sm: compute capability to compile for ahead of time, such as "SM80"; None: the GPU at hand.
     layers: expected counts by layer kind; a network with others is refused.
-    max_batch, prefill_chunk: limits of the two optimisation profiles.
+    profiles: the largest step of each optimisation profile, sequences and tokens of each.
     timing_cache: file to read and to update; strip_weights: leave dense weights out of the plan, to be put in by
     `refit`.
     log: file that receives the builder's messages.
@@ -36,8 +36,7 @@ class PlanRequest:
     plan: Path
     sm: str | None
     layers: dict[str, int]
-    max_batch: int
-    prefill_chunk: int
+    profiles: tuple[tuple[int, int], ...]
     log: Path
     timing_cache: Path | None = None
     strip_weights: bool = False
@@ -71,7 +70,7 @@ def build_plan(trt: Any, request: PlanRequest) -> Listing:
         if request.strip_weights:
             config.set_flag(trt.BuilderFlag.REFIT)
             config.set_flag(trt.BuilderFlag.STRIP_PLAN)
-        for batch, chunk in ((1, request.prefill_chunk), (request.max_batch, 1)):
+        for batch, chunk in request.profiles:
             config.add_optimization_profile(_profile(builder, network, batch, chunk))
         cache = _load_timing_cache(config, request.timing_cache)
         _compile(trt, builder, network, config, logger, request)

@@ -27,11 +27,16 @@ class LargestCall(NamedTuple):
 def largest_call(config: ModelConfig, options: BuildOptions) -> LargestCall:
     """Of a model with experts."""
     assert config.moe is not None
-    tokens = max(options.prefill_chunk, options.max_batch)
-    sizes = MoESizes(tokens, config.hidden_size, config.moe.num_experts, config.intermediate_size)
+    sizes = MoESizes(most_tokens(config, options), config.hidden_size, config.moe.num_experts, config.intermediate_size)
     weight_format = WEIGHT_FORMATS[options.precision]  # type: ignore[index]
     attributes = with_format(moe_attributes(config), weight_format, options.group)
     return LargestCall(sizes, attributes, "float16" if options.precision == "fp16" else "bfloat16")
+
+
+def most_tokens(config: ModelConfig, options: BuildOptions) -> int:
+    """Of a step of the engine; an encoder reads a whole prompt in one."""
+    assert options.max_seq is not None
+    return max(options.prefill_chunk, options.max_batch, options.max_seq if config.encoder_layers else 0)
 
 
 def engine_kernels(config: ModelConfig, options: BuildOptions) -> tuple[Variant, ...]:

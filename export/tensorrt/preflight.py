@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from gatework.export.config import ModelConfig
 from gatework.export.options import BuildOptions
-from gatework.export.sizes import GPU_VALUE, gpu_weight_bytes
-from gatework.export.tensorrt.kernels import engine_kernels, largest_call
+from gatework.export.sizes import GPU_VALUE, caches, gpu_weight_bytes
+from gatework.export.tensorrt.kernels import engine_kernels, largest_call, most_tokens
 from gatework.export.tensorrt.toolchain import Compiler, require_gpu
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.workspace import layout
@@ -19,8 +19,9 @@ _ROPE_TABLES = 2
 class Preflight:
     """Bytes, but for the names and `kernels`.
 
-    plan: dense weights and tables; its kernels come on top, a few megabytes. experts: their weights and scales.
-    kv_cache: of max_batch sequences of max_seq positions. scratch: the largest workspace of a MoE layer, hidden states and
+    plan: dense weights and tables, of the encoder's plan as well; its kernels come on top, a few megabytes. experts: their
+    weights and scales. kv_cache: of max_batch sequences of max_seq positions, and of their prompts where an encoder reads them.
+    scratch: the largest workspace of a MoE layer, hidden states and
     logits, as estimated. memory: of the device. kernels: how many of the MoE operator's will be compiled.
     """
 
@@ -75,13 +76,14 @@ def _measure(config: ModelConfig, options: BuildOptions, compiler: Compiler) -> 
     assert options.max_seq is not None and options.device.memory is not None
     dense, experts = gpu_weight_bytes(config, options.precision, options.group)
     tables = _ROPE_TABLES * options.max_seq * config.rotary_dim // 2 * GPU_VALUE
+    tables += config.vocab_size * config.hidden_size * GPU_VALUE if config.encoder_layers else 0  # both plans embed
     return Preflight(
         config=config,
         options=options,
         compiler=compiler,
         plan=dense + tables,
         experts=experts,
-        kv_cache=options.max_batch * options.max_seq * config.kv_bytes_per_token(GPU_VALUE),
+        kv_cache=caches(config) * options.max_batch * options.max_seq * config.kv_bytes_per_token(GPU_VALUE),
         scratch=_scratch(config, options),
         memory=options.device_memory or options.device.memory,
         kernels=len(engine_kernels(config, options)),
@@ -89,9 +91,13 @@ def _measure(config: ModelConfig, options: BuildOptions, compiler: Compiler) -> 
 
 
 def _scratch(config: ModelConfig, options: BuildOptions) -> int:
-    tokens = max(options.prefill_chunk, options.max_batch)
+    assert options.max_seq is not None
+    tokens = most_tokens(config, options)
     widest = max(config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
     total = 4 * tokens * widest * GPU_VALUE + 4 * options.max_batch * config.vocab_size
+    if config.encoder_layers:  # the bias of every pair of a prompt's tokens, and what the encoder made of a prompt
+        total += config.num_heads * options.max_seq**2 * GPU_VALUE
+        total += options.max_seq * config.kv_bytes_per_token(GPU_VALUE)
     dense = (config.matrices + 1) * tokens * config.intermediate_size * GPU_VALUE
     if config.moe is None:
         return total + dense

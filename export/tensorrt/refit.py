@@ -13,12 +13,12 @@ from gatework.export.folder import read_json
 from gatework.export.materialize import EXPERTS, write_experts
 from gatework.export.options import BuildOptions
 from gatework.export.staging import new_directory
-from gatework.export.tensorrt.compile import LAYERS, LOG, PLAN, write_graph
+from gatework.export.tensorrt.compile import LAYERS, LOG, write_graphs
 from gatework.export.tensorrt.scales import load_scales
 from gatework.export.tensorrt.toolchain import require_gpu
 from gatework.export.uptodate import build_inputs, tool_versions
 from gatework.plugins import engine_format
-from gatework.plugins.engine_format import KERNELS
+from gatework.plugins.engine_format import KERNELS, PLAN
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import VERSION as PLUGIN_VERSION
 from gatework.plugins.moe.tensorrt import register
@@ -66,12 +66,12 @@ def refit_engine(
         names = [PLAN, *copied]
         with tempfile.TemporaryDirectory(prefix=".graph.", dir=directory) as scratch:
             scales = load_scales(checkpoint, options)
-            graph = write_graph(checkpoint, Path(scratch), options, scales, progress=progress)
-            refit_plan(load_toolchain(module), engine / PLAN, graph.path, directory / PLAN)
-        if graph.experts and not options.plan_only:
-            write_experts(graph.experts, checkpoint, directory / EXPERTS, progress=progress)
+            written = write_graphs(checkpoint, Path(scratch), options, scales, progress=progress)
+            refit_plan(load_toolchain(module), engine / PLAN, written.graphs[PLAN].path, directory / PLAN)
+        if written.experts and not options.plan_only:
+            write_experts(written.experts, checkpoint, directory / EXPERTS, progress=progress)
             names.append(EXPERTS)
-        finish_engine(directory, names, checkpoint, options, inputs, tools, graph.facts)
+        finish_engine(directory, names, checkpoint, options, inputs, tools, written.facts)
     return Path(out)
 
 

@@ -91,14 +91,13 @@ class Device:
 
     def copy(self, base: int, copies: Iterable[Copy]) -> None:
         """Queue copies inside the block at `base`; source and target do not overlap."""
-        kind = self.cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         for each in copies:
-            target, source = base + each.target, base + each.source
-            _check(
-                self.cudart.cudaMemcpy2DAsync(
-                    target, each.pitch, source, each.pitch, each.width, each.rows, kind, self.stream
-                )
-            )
+            self.copy_rows(base + each.target, each.pitch, base + each.source, each.pitch, each.width, each.rows)
+
+    def copy_rows(self, target: int, pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
+        """Queue a copy of `rows` rows of `width` bytes, which begin so many bytes apart at each end."""
+        kind = self.cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        _check(self.cudart.cudaMemcpy2DAsync(target, pitch, source, source_pitch, width, rows, kind, self.stream))
 
     def record(self) -> Any:
         """An event behind all that is queued so far."""

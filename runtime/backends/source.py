@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import onnxruntime as ort
 
+from gatework.plugins.engine_format import CROSS, SOURCE_LENGTHS
 from gatework.plugins.errors import GateworkError
 
-LENGTHS = "source_lengths"
-PREFIX = "cross."  # of their names
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -27,7 +26,7 @@ class Source:
     ) -> None:
         self._encoder = encoder
         self._lengths = np.ones(slots, np.int64)
-        cross = {name: value for name, value in inputs.items() if name.startswith(PREFIX)}
+        cross = {name: value for name, value in inputs.items() if name.startswith(f"{CROSS}.")}
         if unknown := {value.type for value in cross.values()} - set(_TYPES):
             what = "an encoder does not run in this type here"
             raise GateworkError(what, got=", ".join(unknown), expected=" or ".join(_TYPES))
@@ -38,7 +37,7 @@ class Source:
 
     def encode(self, slot: int, tokens: list[int]) -> None:
         """Run the encoder over a prompt, for a slot."""
-        feeds = {"input_ids": np.array([tokens], np.int64), LENGTHS: np.array([len(tokens)], np.int64)}
+        feeds = {"input_ids": np.array([tokens], np.int64), SOURCE_LENGTHS: np.array([len(tokens)], np.int64)}
         found = self._encoder.run(list(self._values), feeds)
         for kept, value in zip(self._values.values(), found, strict=True):
             kept[slot, :, : len(tokens)] = value[0]
@@ -52,6 +51,6 @@ class Source:
 
     def bind(self, binding: ort.IOBinding, first_slot: int, batch: int) -> None:
         """Let a step read the slots from `first_slot` on."""
-        for name, kept in (self._values | {LENGTHS: self._lengths}).items():
+        for name, kept in (self._values | {SOURCE_LENGTHS: self._lengths}).items():
             rows = kept[first_slot : first_slot + batch]
             binding.bind_input(name, "cpu", 0, rows.dtype.type, rows.shape, rows.ctypes.data)

@@ -3,29 +3,41 @@
 A plan has two optimisation profiles, prefill (one sequence, up to a chunk of tokens) and decode (up to max_batch sequences,
 one token each). Prefill has one execution context; every decode batch size has one of its own, as a captured graph belongs to
 its context. They run one after the other, so all share one block of scratch memory, and all steps share the same buffers.
+An encoder has a plan of its own, with one context; see `plan_source`.
 
 Not run yet: no GPU was at hand. What can be checked without one is: see tests/runtime/test_tensorrt.py and tests/contract.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gatework.plugins.engine_format import KERNELS, TAP_OUTPUT
+from gatework.plugins.engine_format import CROSS, ENCODER_PLAN, KERNELS, PLAN, SOURCE_LENGTHS
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.launcher import Launcher
 from gatework.plugins.moe.tensorrt import MoECreator, register
-from gatework.plugins.tensorrt_module import load_toolchain, process_logger
+from gatework.plugins.tensorrt_module import load_toolchain
 from gatework.runtime.backends.device import Device
 from gatework.runtime.backends.experts import EXPERTS, upload
 from gatework.runtime.backends.kv import ALIGNMENT, Cache, DeviceCache, KVLayout, align, cache_names, cached_rows
+from gatework.runtime.backends.plan import (
+    bind,
+    check_addresses,
+    check_types,
+    execute,
+    is_capturable,
+    load_plan,
+    new_context,
+    scratch_bytes,
+    share_scratch,
+    tensor_names,
+)
+from gatework.runtime.backends.plan_source import PlanSource
 from gatework.runtime.backends.plan_taps import PlanTaps, tap_widths
 from gatework.runtime.engine import Engine
 
-PLAN = "model.plan"
 PREFILL, DECODE = 0, 1  # optimisation profiles, in the order in which the builder adds them
 _KV_ITEMSIZE = 2  # bytes: plans compute in bfloat16 or float16
 _INT64 = 8
@@ -36,13 +48,17 @@ class Buffers(NamedTuple):
 
     position_ids: int
     write_indices: int
+    source_lengths: int
     total: int
 
 
 def buffers(batch: int, tokens: int) -> Buffers:
-    """input_ids [B, S] first, then position_ids [B, S] and write_indices [B], all int64, each aligned."""
-    each = align(batch * tokens * _INT64)
-    return Buffers(each, 2 * each, 2 * each + align(batch * _INT64))
+    """input_ids [B, S] first, then position_ids [B, S], write_indices [B] and source_lengths [B], all int64, each aligned.
+
+    The last are for decoders behind an encoder; other plans do not read them.
+    """
+    each, row = align(batch * tokens * _INT64), align(batch * _INT64)
+    return Buffers(each, 2 * each, 2 * each + row, 2 * each + 2 * row)
 
 
 def largest_buffers(max_batch: int, prefill_chunk: int) -> int:
@@ -50,12 +66,16 @@ def largest_buffers(max_batch: int, prefill_chunk: int) -> int:
     return max(buffers(1, prefill_chunk).total, buffers(max_batch, 1).total)
 
 
-def fill(block: np.ndarray, tokens: np.ndarray, starts: np.ndarray) -> int:
-    """Write a step's inputs into a block of bytes; returns how many of them count. tokens [B, S], starts [B], int64."""
+def fill(block: np.ndarray, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray | None = None) -> int:
+    """Write a step's inputs into a block of bytes; returns how many of them count. tokens [B, S], starts [B], int64.
+
+    lengths: of the prompts that an encoder read, [B] int64.
+    """
     batch, count = tokens.shape
     places = buffers(batch, count)
     positions = starts[:, None] + np.arange(count)
-    for offset, values in ((0, tokens), (places.position_ids, positions), (places.write_indices, starts)):
+    rows = {0: tokens, places.position_ids: positions, places.write_indices: starts}
+    for offset, values in (rows | ({places.source_lengths: lengths} if lengths is not None else {})).items():
         data = np.ascontiguousarray(values, np.int64).view(np.uint8).ravel()
         block[offset : offset + data.size] = data
     return places.total
@@ -75,9 +95,18 @@ def kv_layout(model: dict[str, Any], max_seq: int, slots: int) -> KVLayout:
 
 
 def tensor_addresses(
-    inputs: int, logits: int, cache: Cache, experts: dict[str, int], slot: int, shape: tuple[int, int]
+    inputs: int,
+    logits: int,
+    cache: Cache,
+    experts: dict[str, int],
+    slot: int,
+    shape: tuple[int, int],
+    source: Cache | None = None,
 ) -> dict[str, int]:
-    """Where a step of `shape` [B, S] on the slots from `slot` on finds every tensor. present is past: updated in place."""
+    """Where a step of `shape` [B, S] on the slots from `slot` on finds every tensor. present is past: updated in place.
+
+    source: what the encoder made of the prompts, if there is one.
+    """
     places = buffers(*shape)
     found = {
         "input_ids": inputs,
@@ -87,17 +116,23 @@ def tensor_addresses(
     }
     for name in cache.layout.names:
         found[f"past.{name}"] = found[f"present.{name}"] = cache.address(name, slot)
+        if source is not None:
+            found[f"{CROSS}.{name}"] = source.address(name, slot)
+    if source is not None:
+        found[SOURCE_LENGTHS] = inputs + places.source_lengths
     return found | experts
 
 
-def input_shapes(layout: KVLayout, batch: int, tokens: int) -> dict[str, tuple[int, ...]]:
-    """Of the inputs whose dimensions the plan leaves open."""
+def input_shapes(layout: KVLayout, batch: int, tokens: int, *, encoded: bool = False) -> dict[str, tuple[int, ...]]:
+    """Of the inputs whose dimensions the plan leaves open; encoded: it is that of a decoder behind an encoder."""
     shapes: dict[str, tuple[int, ...]] = {
         "input_ids": (batch, tokens),
         "position_ids": (batch, tokens),
         "write_indices": (batch,),
     }
-    return shapes | {f"past.{name}": layout.shape(batch) for name in layout.names}
+    caches = ("past", CROSS) if encoded else ("past",)
+    shapes |= {SOURCE_LENGTHS: (batch,)} if encoded else {}
+    return shapes | {f"{cache}.{name}": layout.shape(batch) for cache in caches for name in layout.names}
 
 
 class _DecodeStep(NamedTuple):
@@ -111,7 +146,7 @@ class _DecodeStep(NamedTuple):
 
 
 class TensorRTBackend:
-    """Runs an engine's model.plan.
+    """Runs an engine's model.plan, and its encoder.plan if it has one.
 
     Args:
         engine: an opened engine directory that is whole (see `open.check_runnable`).
@@ -129,7 +164,11 @@ class TensorRTBackend:
         self._trt = trt = load_toolchain(module)
         self._creator = register(trt)
         attach_kernels(self._creator, engine)
-        self._plan = load_plan(trt, self._creator, engine.path / PLAN)
+        files = (name for name in (PLAN, ENCODER_PLAN) if name in engine.manifest["files"])
+        plans = {name: load_plan(trt, self._creator, engine.path / name) for name in files}
+        for plan in plans.values():
+            check_types(trt, plan)
+        self._plan = plans[PLAN]
         self._vocab_size: int = engine.model["vocab_size"]
         self._chunk = engine.limits.prefill_chunk
         nbytes = largest_buffers(max_batch, self._chunk)
@@ -137,25 +176,28 @@ class TensorRTBackend:
         nbytes = max_batch * self._vocab_size * 4
         self._logits, self._host_logits = self._device.allocate(nbytes, "logits"), self._device.pinned(nbytes)
         self._cache = DeviceCache(kv_layout(engine.model, self.max_seq, max_batch), self._device)
-        experts = engine.path / EXPERTS
-        self._experts = upload(self._device, experts) if experts.is_file() else {}
-        self._scratch_bytes = scratch_bytes(self._plan)
-        self._scratch = self._device.allocate(self._scratch_bytes, "scratch")
         names = tensor_names(self._plan)
+        path = engine.path / EXPERTS
+        experts = upload(self._device, path) if path.is_file() else {}
+        self._experts = {name: experts[name] for name in names if name in experts}
+        self._scratch_bytes = max(map(scratch_bytes, plans.values()))
+        self._scratch = self._device.allocate(self._scratch_bytes, "scratch")
+        encoder = plans.get(ENCODER_PLAN)
+        self._source = None if encoder is None else self._open_source(encoder, experts)
         widths = tap_widths(self._plan, names)
         self._taps = PlanTaps(self._device, widths, max(max_batch, self._chunk)) if widths else None
         self._cache_dtype = "float16" if engine.manifest["precision"] == "fp16" else "bfloat16"
         self._reads_taps, self.tapped = tapped, dict[str, np.ndarray]()
-        self._check_tensors(names)
-        check_types(trt, self._plan)
-        self._prefill_context = self._new_context(PREFILL)
+        check_addresses(self._plan, self._addresses(0, (1, 1)))
+        self._prefill_context = self._new_context(self._plan, PREFILL)
         self._decode_steps: dict[int, _DecodeStep] = {}  # by batch size
 
     def prefill(self, slot: int, tokens: list[int], start: int, prompt: int | None = None) -> np.ndarray:
         """Run `tokens` at positions start.. of a slot; returns the logits [V] of the last one."""
         assert len(tokens) <= self._chunk and start + len(tokens) <= self.max_seq
         self._bind(self._prefill_context, 1, len(tokens), slot)
-        nbytes = fill(self._host_inputs, np.array([tokens], np.int64), np.array([start], np.int64))
+        lengths = None if self._source is None else self._source.lengths[slot : slot + 1]
+        nbytes = fill(self._host_inputs, np.array([tokens], np.int64), np.array([start], np.int64), lengths)
         self._enqueue(self._prefill_context, nbytes, 1)
         return self._read(self._prefill_context, 1)[0]
 
@@ -163,14 +205,15 @@ class TensorRTBackend:
         """Advance slot i by tokens[i] at positions[i]; returns logits [n, V]."""
         assert max(positions) < self.max_seq
         batch = len(tokens)
-        nbytes = fill(self._host_inputs, np.array(tokens, np.int64)[:, None], np.array(positions, np.int64))
+        lengths = None if self._source is None else self._source.lengths[:batch]
+        nbytes = fill(self._host_inputs, np.array(tokens, np.int64)[:, None], np.array(positions, np.int64), lengths)
         if (step := self._decode_steps.get(batch)) is not None:
             if step.graph is None:
                 self._enqueue(step.context, nbytes, batch)
             else:
                 self._device.launch(step.graph)
             return self._read(step.context, batch)
-        context = self._new_context(DECODE)
+        context = self._new_context(self._plan, DECODE)
         self._bind(context, batch, 1, 0)
         self._enqueue(context, nbytes, batch)  # TensorRT wants a run before a capture
         logits = self._read(context, batch)
@@ -183,12 +226,23 @@ class TensorRTBackend:
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot's cache to another slot."""
         self._cache.move(source, target, length)
+        if self._source is not None:
+            self._source.move(source, target)
+
+    def encode(self, slot: int, tokens: list[int]) -> None:
+        """Let the encoder read a prompt, for the sequence that begins in this slot."""
+        assert self._source is not None and len(tokens) <= self.max_seq
+        self._source.encode(slot, tokens, self._run)
+
+    def _run(self, context: Any) -> None:
+        """Queue a plan."""
+        with self._creator.raising_errors():
+            execute(self._trt, context, self._device.stream_address)
 
     def _enqueue(self, context: Any, nbytes: int, batch: int) -> None:
         """Queue the inputs' copy, the plan, and the copy of the logits."""
         self._device.to_device(self._inputs, self._host_inputs, nbytes)
-        with self._creator.raising_errors():
-            execute(self._trt, context, self._device.stream_address)
+        self._run(context)
         self._device.to_host(self._host_logits, self._logits, batch * self._vocab_size * 4)
 
     @property
@@ -208,23 +262,29 @@ class TensorRTBackend:
         nbytes = batch * self._vocab_size * 4
         return self._host_logits[:nbytes].view(np.float32).reshape(batch, self._vocab_size).copy()
 
-    def _new_context(self, profile: int) -> Any:
-        context = new_context(self._trt, self._plan, profile, self._device.stream_address)
+    def _open_source(self, encoder: Any, experts: dict[str, int]) -> PlanSource:
+        """Of the encoder's plan, which has one profile."""
+        context, layout = self._new_context(encoder, 0), self._cache.layout
+        source = PlanSource(self._device, context, layout, tensor_names(encoder), experts)
+        check_addresses(encoder, source.addresses(1))
+        return source
+
+    def _new_context(self, plan: Any, profile: int) -> Any:
+        context = new_context(self._trt, plan, profile, self._device.stream_address)
         self._device.synchronize()
         share_scratch(context, self._scratch, self._scratch_bytes)
         return context
 
     def _bind(self, context: Any, batch: int, tokens: int, slot: int) -> None:
-        addresses = tensor_addresses(self._inputs, self._logits, self._cache, self._experts, slot, (batch, tokens))
-        if self._taps is not None:
-            addresses |= self._taps.addresses
-        bind(context, addresses, input_shapes(self._cache.layout, batch, tokens))
+        encoded = self._source is not None
+        shapes = input_shapes(self._cache.layout, batch, tokens, encoded=encoded)
+        bind(context, self._addresses(slot, (batch, tokens)), shapes)
 
-    def _check_tensors(self, names: list[str]) -> None:
-        """Raise unless every tensor of the plan has an address."""
-        known = tensor_addresses(self._inputs, self._logits, self._cache, self._experts, 0, (1, 1))
-        if missing := [name for name in names if name not in known and not name.endswith(TAP_OUTPUT)]:
-            raise GateworkError("the plan reads tensors that the engine does not hold", got=", ".join(missing[:3]))
+    def _addresses(self, slot: int, shape: tuple[int, int]) -> dict[str, int]:
+        """Of all that the decoder's plan reads and writes."""
+        source = None if self._source is None else self._source.cache
+        found = tensor_addresses(self._inputs, self._logits, self._cache, self._experts, slot, shape, source)
+        return found | (self._taps.addresses if self._taps is not None else {})
 
 
 def attach_kernels(creator: MoECreator, engine: Engine) -> None:
@@ -237,84 +297,3 @@ def attach_kernels(creator: MoECreator, engine: Engine) -> None:
     if not isinstance(creator.launcher, Launcher):
         creator.launcher = Launcher()
     creator.launcher.add(engine.path / KERNELS)
-
-
-def load_plan(trt: Any, creator: MoECreator, path: Path) -> Any:
-    """The trt.ICudaEngine of a plan file. The plan belongs to one kind of GPU and one version of TensorRT."""
-    logger = process_logger(trt)
-    logger.errors.clear()  # of builds in this process
-    with creator.raising_errors():
-        runtime = trt.Runtime(logger)
-        plan = runtime.deserialize_cuda_engine(path.read_bytes())
-        if plan is None:
-            fix = "build it with the TensorRT installed here, on or for this GPU"
-            raise GateworkError(f"{trt.__name__} cannot load {path}", got=_reason(logger), fix=fix)
-    return plan
-
-
-def tensor_names(plan: Any) -> list[str]:
-    """All inputs and outputs."""
-    return [plan.get_tensor_name(number) for number in range(plan.num_io_tensors)]
-
-
-def check_types(trt: Any, plan: Any) -> None:
-    """Raise unless the plan reads and writes the types that the buffers hold."""
-    expected = dict.fromkeys(("input_ids", "position_ids", "write_indices"), trt.DataType.INT64)
-    for name, data_type in (expected | {"logits": trt.DataType.FLOAT}).items():
-        if (found := plan.get_tensor_dtype(name)) != data_type:
-            raise GateworkError(f"the plan's {name} has the wrong type", got=found.name, expected=data_type.name)
-
-
-def scratch_bytes(plan: Any) -> int:
-    """Memory that a context of either profile needs."""
-    return max(plan.get_device_memory_size_for_profile_v2(profile) for profile in (PREFILL, DECODE))
-
-
-def new_context(trt: Any, plan: Any, profile: int, stream: int) -> Any:
-    """An execution context of a profile, without scratch memory."""
-    by_user = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-    if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
-        settings = plan.create_runtime_config()
-        settings.set_execution_context_allocation_strategy(by_user)
-        # TensorRT-RTX compiles kernels for new shapes at run time; by default in the background, where a capture misses them.
-        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        settings.dynamic_shapes_kernel_specialization_strategy = eager
-        context = plan.create_execution_context(settings)
-    else:
-        context = plan.create_execution_context(by_user)
-    if context is None or not context.set_optimization_profile_async(profile, stream):
-        got = _reason(process_logger(trt))
-        raise GateworkError(f"{trt.__name__} makes no execution context for profile {profile}", got=got)
-    return context
-
-
-def is_capturable(trt: Any, context: Any, stream: int) -> bool:
-    """Whether a CUDA graph can capture the context; TensorRT-RTX alone has ones that it cannot."""
-    if not hasattr(trt.IExecutionContext, "is_stream_capturable"):
-        return True
-    return context.is_stream_capturable(stream)
-
-
-def share_scratch(context: Any, address: int, nbytes: int) -> None:
-    """Let the context work in a block that others use as well, at other times."""
-    context.set_device_memory(address, nbytes)
-
-
-def bind(context: Any, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Set every tensor's address and every open shape."""
-    for name, address in addresses.items():
-        if not context.set_tensor_address(name, address):
-            raise GateworkError(f"TensorRT does not take an address for {name}")
-    for name, shape in shapes.items():
-        if not context.set_input_shape(name, shape):
-            raise GateworkError(f"TensorRT does not take a shape for {name}", got=shape)
-
-
-def execute(trt: Any, context: Any, stream: int) -> None:
-    """Queue the plan on a stream."""
-    if not context.execute_async_v3(stream):
-        raise GateworkError(f"{trt.__name__} cannot run the plan", got=_reason(process_logger(trt)))
-
-
-def _reason(logger: Any) -> str:
-    return next(iter(logger.errors), "no reason")

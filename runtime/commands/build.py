@@ -12,6 +12,7 @@ from gatework.runtime.commands.common import Commands, add_command, memory_size,
 from gatework.runtime.formatting import size, table
 
 if TYPE_CHECKING:
+    from gatework.export.config import ModelConfig
     from gatework.export.tensorrt.preflight import Preflight
 
 _ABOUT = """
@@ -138,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _report(found: Preflight) -> None:
     """What is going to be built, before the work begins."""
+    from gatework.export.tensorrt.kernels import most_tokens
+
     options, config, compiler = found.options, found.config, found.compiler
     experts = "packed beside the plan"
     if options.plan_only:
@@ -146,19 +149,28 @@ def _report(found: Preflight) -> None:
     ranges = f"from {options.calibration}" if options.calibration else "none"
     if options.plan_only and options.precision in ("int8", "fp8") and options.calibration is None:
         ranges = "placeholders: this plan's numbers mean nothing"
+    prompts = ", and their prompts" if config.encoder_layers else ""
     rows = [
         ("target", options.target, f"{compiler.module} {compiler.version}, {where}"),
         ("precision", options.precision, f"activation ranges: {ranges}"),
         ("layers", f"{config.num_layers}", f"{config.moe_layers} MoE plugins"),
+        *_encoder_rows(config),
         ("plan", size(found.plan), "left out: stripped" if options.strip_weights else "dense weights, without kernels"),
         ("experts", size(found.experts), experts if config.moe else "none"),
         ("kernels", f"{found.kernels}", "of the MoE operator, compiled by Triton" if found.kernels else "none"),
-        ("KV cache", size(found.kv_cache), f"{options.max_batch} sequences of {options.max_seq:,} positions"),
+        ("KV cache", size(found.kv_cache), f"{options.max_batch} sequences of {options.max_seq:,} positions{prompts}"),
         (
             "scratch",
             size(found.scratch),
-            f"estimated, for steps of {max(options.prefill_chunk, options.max_batch)} tokens",
+            f"estimated, for steps of {most_tokens(config, options)} tokens",
         ),
         ("in all", size(found.needed), f"of {size(found.memory)}: {'fits' if found.fits else 'DOES NOT FIT'}"),
     ]
     print(table(rows, "<><"), flush=True)
+
+
+def _encoder_rows(config: ModelConfig) -> list[tuple[str, str, str]]:
+    """Of the table, where there is an encoder."""
+    if config.encoder is None:
+        return []
+    return [("encoder", f"{config.encoder_layers}", f"{config.encoder.moe_layers} MoE plugins, a plan of its own")]

@@ -22,6 +22,8 @@ from gatework.export.reference import load_decoder
 from gatework.export.smoothing import balance_columns, balance_norm, balanced_products, smoothing_factors
 from gatework.plugins.errors import GateworkError
 from tests.checkpoints import make_checkpoint, reference_model
+from tests.switch import Oracle as SwitchOracle
+from tests.switch import make_switch
 
 # float32, 2 layers: rounding of sums in another order stays below 1e-6; an error of meaning shows at 1e-3 and more.
 RELATIVE = 1e-5
@@ -145,6 +147,55 @@ def test_balancing(case: tuple[Checkpoint, Oracle], alpha: float) -> None:
     for name, x in balanced.items():
         assert_close(found.ranges[name].absmax, x.max(), f"absmax of {name}")
         assert_close(found.ranges[name].percentile, np.percentile(x, 99.99), f"percentile of {name}")
+
+
+SWITCH = {"SelfAttention": "attn", "EncDecAttention": "cross", "mlp.wi": "mlp.w_in", "mlp.wo": "mlp.w_out"}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("alpha", [None, 0.5])
+def test_an_encoder_and_its_decoder(tmp_path: Path, alpha: float | None) -> None:
+    """The encoder reads the first half of each window, the decoder goes along the rest, token by token: no expert is full."""
+    path = make_switch(tmp_path, expert_capacity=8)
+    checkpoint, model = Checkpoint.open(path), SwitchOracle(path).model
+    inputs, columns = defaultdict(list), {}
+    for module_name, module in model.named_modules():
+        if (name := switch_product(module_name)) is not None:
+            columns[name] = module.weight.abs().amax(0)
+            scale = 8 if name == "lm_head.weight" else 1  # transformers scales its input, not the logits
+            module.register_forward_pre_hook(
+                lambda module, args, found=inputs[name], scale=scale: found.append(scale * args[0].flatten(0, 1))
+            )
+    for start in range(0, len(IDS), WINDOW):
+        prompt, rest = torch.tensor([IDS[start : start + WINDOW]]).tensor_split(2, dim=1)
+        model(input_ids=prompt, decoder_input_ids=torch.cat((torch.zeros(1, 1, dtype=torch.int64), rest), 1))
+    xs = {name: torch.cat(found).abs().numpy() for name, found in inputs.items()}
+    found, fed = calibrate(checkpoint, IDS, window=WINDOW, smooth=alpha), balanced_products(checkpoint.config)
+    assert len(xs) == 2 * 4 + 2 * 8 + 2 * 2 + 1
+    assert found.ranges.keys() == xs.keys() == set(dense_products(checkpoint.config))
+    assert found.smooth.keys() == ({*fed} if alpha else set())
+    assert (
+        len(fed) == 2 + 2 * 2 + 2 + 2
+    )  # before attention, cross attention and dense MLPs, and the last of both stacks
+    for norm, names in fed.items() if alpha else ():
+        most = np.max([columns[name].numpy() for name in names], 0)
+        want = xs[names[0]].max(0) ** alpha / most ** (1 - alpha)
+        assert np.abs(np.array(found.smooth[norm]) / want - 1).max() <= RELATIVE, norm
+        xs |= {name: xs[name] / want for name in names}
+    for name, x in xs.items():
+        assert_close(found.ranges[name].absmax, x.max(), f"absmax of {name}")
+        assert_close(found.ranges[name].percentile, np.percentile(x, 99.99), f"percentile of {name}")
+
+
+def switch_product(module: str) -> str | None:
+    """The canonical name of the weight in one of transformers' modules, if its inputs have ranges."""
+    if module == "lm_head":
+        return "lm_head.weight"
+    match = re.fullmatch(r"(encoder|decoder)\.block\.(\d+)\.layer\.\d\.(\w+|mlp\.w[io])(\.[qkvo])?", module)
+    if match is None or match[3] not in SWITCH or ("Attention" in match[3]) != (match[4] is not None):
+        return None
+    stack, end = "encoder." if match[1] == "encoder" else "", f"{match[4]}.weight" if match[4] else ""
+    return f"{stack}layers.{match[2]}.{SWITCH[match[3]]}{end}"
 
 
 @torch.inference_mode()
