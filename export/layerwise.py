@@ -29,7 +29,7 @@ from gatework.plugins.moe import torch_op
 
 _DRAWS = 2  # of rounding, per value
 # Where queries look at two keys nearly alike, a row's whole error is that of one number, which two draws do not measure.
-_CONTEXT_DRAWS = 8
+_CONTEXT_DRAWS = 16
 _LOGIT_ROWS = 64
 
 

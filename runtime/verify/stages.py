@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _TOGETHER = 1.5
 # Of one row: a sum of d squares. For d = 4, the fewest experts in use, a Gaussian one exceeds 4 times its mean once in 10^12.
 _ROW = 4.0
+# Of one row of what attention reads: where a query is torn between two keys the whole error is one number. A Gaussian one
+# exceeds 8 times its deviation, as 16 draws measure it (Student's t), once in a million.
+_ROW_OF_ONE = 8.0
 # Of the factor between got and want, whose expected deviation is error / sqrt(dimensions): four times that, plus error^2,
 # by which rounding to the nearest shrinks a sum.
 _GAIN = 4.0
@@ -84,7 +87,7 @@ def judge(step: Compared, recording: Recording) -> Stage:
         accumulated = _rms(np.linalg.norm(got - own, axis=1) / np.maximum(np.linalg.norm(own, axis=1), _TINY))
         gain = float((got * want).sum() / max((want * want).sum(), _TINY))
     local, mean = _rms(errors), _rms(expected)
-    limits = _ROW * np.maximum(expected, mean)
+    limits = (_ROW_OF_ONE if step.tensor.endswith("context") else _ROW) * np.maximum(expected, mean)
     power = np.square(want).mean(0)
     dimensions = power.sum() ** 2 / max(np.square(power).sum(), _TINY)  # that share the energy
     drift, drift_bound = abs(gain - 1), mean**2 + _GAIN * mean / np.sqrt(max(dimensions, 1.0))
