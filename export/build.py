@@ -65,7 +65,7 @@ def build_engine(
     options = BuildOptions(**{"target": "cpu", "precision": "int8", **settings})
     check_free(Path(out), force)
     compiler = None if options.device.capability is None else choose_compiler(options.device, options.toolchain)
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source, drop_tokens=options.drop_tokens)
     open_tokenizer(checkpoint.path)
     inputs = build_inputs(checkpoint.path, options)
     tools = tool_versions(options, experts=checkpoint.config.moe is not None)
@@ -199,6 +199,7 @@ def export_onnx(
     dtype: Dtype = "float32",
     max_seq: int | None = None,
     all_logits: bool = False,
+    drop_tokens: bool = False,
     golden: Path | None = None,
     link: bool = False,
     force: bool = False,
@@ -213,6 +214,7 @@ def export_onnx(
     Args:
         out: the folder to make. None: model.onnx goes into the checkpoint's own folder, without manifest, and reads the
             weights from the files there.
+        drop_tokens: see BuildOptions.
         golden: a new folder for inputs and the reference's outputs; see `gatework.export.golden`.
         link: let `out` share the checkpoint's files instead of writing the weights again; copies, where the disk cannot.
             What is read from them is not checked to be finite, and the manifest has digests of their headers alone.
@@ -222,10 +224,11 @@ def export_onnx(
         raise GateworkError("unknown dtype", got=dtype, expected=" or ".join(_PRECISIONS))
     if golden is not None:
         require_polygraphy(golden)
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source, drop_tokens=drop_tokens)
     if golden is not None and checkpoint.config.encoder_layers:
         raise GateworkError("golden files are for models without an encoder", fix="leave --golden out")
-    options = BuildOptions(target="cpu", precision="fp32", max_seq=max_seq).fitted_to(checkpoint.config)
+    options = BuildOptions(target="cpu", precision="fp32", max_seq=max_seq, drop_tokens=drop_tokens)
+    options = options.fitted_to(checkpoint.config)
     assert options.max_seq is not None
     if out is None:
         plain_files(checkpoint.path, checkpoint.source.files)

@@ -93,8 +93,10 @@ class Checkpoint:
     source: Source
 
     @classmethod
-    def open(cls, path: str | PathLike[str]) -> Checkpoint:
+    def open(cls, path: str | PathLike[str], *, drop_tokens: bool = False) -> Checkpoint:
         """Open a checkpoint folder: every header is read and every tensor checked, and no data is read.
+
+        drop_tokens: see ModelConfig.
 
         Raises GateworkError for a folder, file or tensor that is missing, damaged, unsupported, extra or misshapen.
         """
@@ -123,7 +125,7 @@ class Checkpoint:
         weights = {name: weights[name] for name in config.tensor_shapes()}
         check(path, weights, source.tensors)
         dtype = cast(Dtype, source.tensors[weights["embed.weight"].pieces[0].name].dtype)
-        return cls(path, replace(config, dtype=dtype), weights, source)
+        return cls(path, replace(config, dtype=dtype, drop_tokens=drop_tokens), weights, source)
 
     @property
     def stored_as(self) -> str:

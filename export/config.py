@@ -110,8 +110,11 @@ class ModelConfig:
     tie_embeddings: bool = False
     moe: MoEConfig | None = None
     moe_interval: int = 1  # n: every n-th layer has experts, the last of each n; the others are dense
-    expert_capacity: float = 0.0  # factor of the choices that an expert serves in one step; 0: none is dropped
+    expert_capacity: float = (
+        0.0  # factor of the choices that an expert serves in one step; 0: the model has no such rule
+    )
     min_expert_capacity: int = 0
+    drop_tokens: bool = False  # that rule is applied, so that a token's result depends on the others of its step
     sequence_capacity: int = 0  # tokens of one sequence that an expert serves in one step; 0: none is dropped
     extra_mlp: bool = False  # after the experts of a layer: a dense feed-forward part with a norm of its own
     encoder_layers: int = 0  # before the decoder, whose layers attend to the encoder's output as well; 0: no encoder
@@ -239,6 +242,9 @@ class ModelConfig:
         if not (0 <= self.expert_capacity < MAX_SIZE and 0 <= self.min_expert_capacity < MAX_SIZE):
             got = f"{self.expert_capacity} and {self.min_expert_capacity}"
             raise GateworkError("expert_capacity or min_expert_capacity is out of range", got=got, expected="0 or more")
+        if self.drop_tokens and not self.expert_capacity:
+            fix = "leave drop_tokens out"
+            raise GateworkError("experts of this model drop no tokens", got="no expert_capacity", fix=fix)
         if not (type(self.sequence_capacity) is int and 0 <= self.sequence_capacity < MAX_SIZE):
             raise GateworkError(
                 "sequence_capacity is out of range", got=repr(self.sequence_capacity), expected="0 or more"

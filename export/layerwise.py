@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, cast
 
 import numpy as np
@@ -25,7 +25,9 @@ from gatework.export.encoder import SourceKeys
 from gatework.export.positions import RelativeBias, attention_mask, rope_tables
 from gatework.export.reference import load_weights
 from gatework.export.rounding import Format, Rounding, error_sizes, stored, total
+from gatework.plugins.engine_format import kept_choices
 from gatework.plugins.moe import torch_op
+from gatework.plugins.moe.spec import MoEAttributes
 
 _DRAWS = 2  # of rounding, per value
 # Where queries look at two keys nearly alike, a row's whole error is that of one number, which two draws do not measure.
@@ -77,6 +79,8 @@ class LayerwiseReference:
         form: the engine's number formats.
         sources: what the encoder reads for each sequence, where there is one. The decoder then takes one token a step, so that
             it drops none, and no sequence may be tapped.
+        company: by step, where experts drop tokens: sequence and position of its tokens, [n, 2], in order. The engine has
+            recorded `kept_choices` then.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class LayerwiseReference:
         tapped: Sequence[int],
         form: Format,
         sources: Sequence[Sequence[int]] = (),
+        company: Sequence[np.ndarray] = (),
     ) -> None:
         self.checkpoint, self._form, self._prompts = checkpoint, form, prompts
         self._longest = max(map(len, sequences))
@@ -102,6 +107,7 @@ class LayerwiseReference:
         assert not (self._encoded and tapped), "steps of a model with an encoder are not compared"
         self._own = self._start(range(len(sequences)))
         starts = [span[0] for span in self._own.spans]
+        self._company = [torch.from_numpy(np.array(starts)[step[:, 0]] + step[:, 1]) for step in company]
         parts = [torch.arange(len(sequences[j])) + starts[j] for j in tapped]
         self._places = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)  # of tapped rows in the own run
 
@@ -245,14 +251,15 @@ class LayerwiseReference:
             moe = cast(MoE, layer.moe)
             load_weights(moe.router, self.checkpoint, f"{prefix}moe.router.")
             own_logits = moe.router(own_x)
+            own_served = self._served(own_logits) if config.drop_tokens else None
             if read is None:
-                (branch,) = self._experts(i, [(own_x, own_logits, False)])
+                (branch,) = self._experts(i, [(own_x, own_logits, own_served, False)])
             else:
                 yield self._compare(engine, i, "router", lambda _: moe.router(read), own_logits, self._form.floats)
                 rows, logits = engine.rows(f"{prefix}router")
-                x = read[rows]
-                rounded = [(x, logits, True)] * _DRAWS
-                branch, want, *off = self._experts(i, [(own_x, own_logits, False), (x, logits, False), *rounded])
+                served = engine.rows(kept_choices(f"{prefix}router"))[1] if config.drop_tokens else None
+                local_runs = [(read[rows], logits, served, rounded) for rounded in (False, *[True] * _DRAWS)]
+                branch, want, *off = self._experts(i, [(own_x, own_logits, own_served, False), *local_runs])
                 noise, bias = error_sizes([y - want for y in off])
                 got = engine.rows(f"{prefix}experts")[1]
                 yield Compared(i, "experts", rows, got, want, noise, bias, branch[self._places[rows]])
@@ -293,10 +300,24 @@ class LayerwiseReference:
             added = engine.rows(f"layers.{i}.extra")[1]
             yield self._compare(engine, i, "output", total(routed, added), self._own.hidden[0], rows=rows)
 
-    def _experts(self, i: int, runs: list[tuple[Tensor, Tensor, bool]]) -> list[Tensor]:
-        """The MoE's output [T, D] for each run: tokens [T, D], router logits [T, E], and whether its products are rounded."""
+    def _served(self, logits: Tensor) -> Tensor:
+        """Which choices [T, K] of the own run's tokens find a place at their expert among those of their steps."""
+        attributes = moe_attributes(self.config)
+        chosen, _ = torch_op.route(logits, dropless(attributes))
+        served = torch.ones_like(chosen)
+        for step in self._company:
+            served[step] = torch_op.kept(chosen[step], logits.shape[1], attributes).to(served.dtype)
+        return served
+
+    def _experts(self, i: int, runs: list[tuple[Tensor, Tensor, Tensor | None, bool]]) -> list[Tensor]:
+        """The MoE's output [T, D] for each run: tokens [T, D], router logits [T, E], the choices [T, K] that are kept if not
+        all are, and whether its products are rounded."""
         attributes, has_bias = moe_attributes(self.config), self.config.moe is not None and self.config.moe.bias
-        routes = [torch_op.route(logits, attributes) for _, logits, _ in runs]
+        attributes = dropless(attributes)
+        routes = []
+        for _, logits, served, _ in runs:
+            chosen, shares = torch_op.route(logits, attributes)
+            routes.append((chosen, shares if served is None else shares * served))
         outputs = [torch.zeros_like(x) for x, *_ in runs]
         names = [f"layers.{i}.moe.{name}" for name in ("w_in", "w_out")]
         groups = [self._form.kept.get(name) for name in names]
@@ -304,13 +325,13 @@ class LayerwiseReference:
         biases = [self.checkpoint.read(f"layers.{i}.moe.{name}").float() for name in ("b_in", "b_out") if has_bias]
         for e, (w_in, w_out) in enumerate(zip(*weights, strict=True)):
             matrices = (w_in.float(), w_out.float())
-            kept = [(w, group) for w, group in zip(matrices, groups, strict=True) if group is not None]
+            coded = [(w, group) for w, group in zip(matrices, groups, strict=True) if group is not None]
             expert = (*matrices, attributes, *(bias[e] for bias in biases))
-            for (x, _, rounded), (chosen, shares), y in zip(runs, routes, outputs, strict=True):
+            for (x, _, _, rounded), (chosen, shares), y in zip(runs, routes, outputs, strict=True):
                 rows, choice = (chosen == e).nonzero(as_tuple=True)
                 if not len(rows):
                     continue
-                mode = Rounding(self._form.feed_forward, self._generator, kept) if rounded else nullcontext()
+                mode = Rounding(self._form.feed_forward, self._generator, coded) if rounded else nullcontext()
                 with mode:
                     out = torch_op.expert(x[rows], *expert)
                 y.index_add_(0, rows, shares[rows, choice][:, None] * out)
@@ -372,6 +393,11 @@ class LayerwiseReference:
             with rounding:
                 off.append(work(rounding) - exact)
         return exact, *error_sizes(off)
+
+
+def dropless(attributes: MoEAttributes) -> MoEAttributes:
+    """The same where every choice is kept."""
+    return replace(attributes, capacity_factor=0.0, min_capacity=0)
 
 
 def _read(layer: Layer, q: Tensor, k: Tensor, v: Tensor, run: _Run, bias: RelativeBias | None) -> Tensor:

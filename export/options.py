@@ -23,6 +23,7 @@ class BuildOptions:
     does not divide takes the largest size that does. None: for int8 128 and for int4 32 on cpu and cuda; 128 for
     int4 of TensorRT, whose int8 has one scale per row; less where a checkpoint's own 8-bit codes can be kept by that.
     stages: parts that the model is cut into at layer boundaries, one graph each; for ONNX Runtime's targets only.
+    drop_tokens: experts drop what is beyond their capacity, as the model's own code does; see ModelConfig.
 
     For TensorRT only. toolchain: None chooses. calibration: file that holds the activations' ranges. strip_weights: leave the
     dense weights out of the plan. plan_only: leave the experts unpacked; the engine cannot run. timing_cache: file shared by
@@ -36,6 +37,7 @@ class BuildOptions:
     prefill_chunk: int = 512
     group_size: int | None = None
     stages: int = 1
+    drop_tokens: bool = False
     toolchain: str | None = None
     calibration: Path | None = None
     strip_weights: bool = False

@@ -57,6 +57,11 @@ MANIFEST_FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
+def kept_choices(router: str) -> str:
+    """Name of which of a token's choices were kept, by that of the router's logits."""
+    return f"{router.removesuffix('router')}kept"
+
+
 def layer_taps(layer: int, model: Mapping[str, Any]) -> list[str]:
     """Values of a layer that every ONNX graph names, in order of computation; model: `ModelConfig.to_dict()`.
 

@@ -2,9 +2,8 @@
 
 Two layouts: that of OrionZheng's repositories, whose configs call the model "llama", and T5X's.
 
-No token is dropped. The published code drops those beyond an expert's capacity, so that a token's result depends on its
-company in the batch; the reference decoder does the same with `expert_capacity` 2 and `min_expert_capacity` 4 in its
-ModelConfig, and no engine does.
+The published code drops what is beyond an expert's capacity, counted over all tokens of a step, so that a token's result
+depends on its company in the batch. ModelConfig says by how much, and drops none unless its `drop_tokens` is set.
 """
 
 from __future__ import annotations
@@ -41,8 +40,15 @@ def read_config(raw: dict[str, Any]) -> ModelConfig:
         num_experts=fields.integer("num_experts"), top_k=fields.integer("router_topk", 2), renormalize=False
     )
     config = hf.read_config("openmoe", Fields(raw | {"hidden_act": None}), DEFAULTS, moe)
+    drops = fields.flag("router_drop_tks", True)
     return replace(
-        config, attn_scale=1.0, glu="three_way", moe_interval=fields.integer("moe_layer_interval"), extra_mlp=True
+        config,
+        attn_scale=1.0,
+        glu="three_way",
+        moe_interval=fields.integer("moe_layer_interval"),
+        extra_mlp=True,
+        expert_capacity=fields.number("router_capacity_factor_eval", 2.0) if drops else 0.0,
+        min_expert_capacity=fields.integer("router_min_capacity", 4) if drops else 0,
     )
 
 

@@ -47,7 +47,7 @@ def refit_engine(
     engine = Path(engine)
     manifest = _read_stripped(engine)
     require_gpu("putting weights into a plan")
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source, drop_tokens=manifest["model"].get("drop_tokens", False))
     if (model := checkpoint.config.to_dict()) != manifest["model"]:
         differing = ", ".join(name for name in model if model[name] != manifest["model"].get(name))
         raise GateworkError(f"{engine} was built for another architecture than {source}", got=f"other {differing}")

@@ -159,11 +159,11 @@ def route(router_logits: Tensor, attributes: MoEAttributes) -> tuple[Tensor, Ten
         if attributes.capacity_rule == "gshard":
             weights = weights * _kept_gshard(indices, weights, logits.shape[1], attributes)
         else:
-            weights = weights * _kept(indices, logits.shape[1], attributes)
+            weights = weights * kept(indices, logits.shape[1], attributes)
     return indices, weights
 
 
-def _kept(indices: Tensor, num_experts: int, attributes: MoEAttributes) -> Tensor:
+def kept(indices: Tensor, num_experts: int, attributes: MoEAttributes) -> Tensor:
     """Which choices [T, K] find a free slot; see `reference.kept`."""
     T, K = indices.shape
     chosen = F.one_hot(indices.T.reshape(K * T), num_experts)  # [K*T, E]: first choices, then second choices, ...

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gatework.runtime.commands.common import Commands, add_command, memory_size, require_build_tools
+from gatework.runtime.commands.common import Commands, add_command, add_drop_tokens, memory_size, require_build_tools
 from gatework.runtime.formatting import size, table
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ _SETTINGS: tuple[str, ...] = (
     "prefill_chunk",
     "group_size",
     "stages",
+    "drop_tokens",
     "toolchain",
     "calibration",
 )
@@ -73,6 +74,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--stages", type=int, metavar="N", help="cut the model at layer boundaries into N parts (cpu, cuda; default: 1)"
     )
+    add_drop_tokens(parser)
     parser.add_argument("--force", action="store_true", help="replace an engine that stands at DIR")
     parser.add_argument(
         "--if-changed",

@@ -52,6 +52,16 @@ def add_stage_processes(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_drop_tokens(parser: argparse.ArgumentParser) -> None:
+    """The option of that name."""
+    parser.add_argument(
+        "--drop-tokens",
+        action="store_true",
+        default=None,
+        help="experts drop the tokens of a step that are beyond their capacity, as OpenMoE's own code does (default: none is)",
+    )
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 file's text; GateworkError where it is not UTF-8, OSError where it cannot be read."""
     try:

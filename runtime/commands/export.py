@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gatework.plugins.engine_format import IN_PLACE
 from gatework.plugins.errors import GateworkError
-from gatework.runtime.commands.common import Commands, add_command, require_build_tools
+from gatework.runtime.commands.common import Commands, add_command, add_drop_tokens, require_build_tools
 from gatework.runtime.formatting import size
 
 _ABOUT = """
@@ -44,6 +44,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default: float32)")
     parser.add_argument("--max-seq", type=int, metavar="N", help="cache positions (default: the model's context)")
     parser.add_argument("--all-logits", action="store_true", help="logits of every position, not only of the last")
+    add_drop_tokens(parser)
     parser.add_argument(
         "--golden", type=Path, metavar="DIR", help="write inputs and outputs for Polygraphy here, a new folder"
     )
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         max_seq=args.max_seq,
         all_logits=args.all_logits,
+        drop_tokens=bool(args.drop_tokens),
         golden=args.golden,
         link=args.link,
         force=args.force,

@@ -188,6 +188,8 @@ def _features(config: ModelConfig) -> list[tuple[str, str]]:
         rows.append(("layers with experts", f"{config.moe_layers}, one in {config.moe_interval}"))
     if config.sequence_capacity:
         rows.append(("an expert serves", f"{config.sequence_capacity} tokens of a prompt; the others pass by"))
+    if config.expert_capacity:
+        rows += _capacity(config)
     if config.extra_mlp:
         rows.append(("after the experts", "a dense MLP"))
     if (config.activation, config.glu) != ("silu", "two_way"):
@@ -207,6 +209,19 @@ def _features(config: ModelConfig) -> list[tuple[str, str]]:
     if config.qkv_clip is not None:
         rows.append(("q, k, v clipped to", f"±{config.qkv_clip:g}"))
     return rows
+
+
+def _capacity(config: ModelConfig) -> list[tuple[str, str]]:
+    """Of experts that have one."""
+    rule = (
+        f"up to {config.expert_capacity:g} times its share of a step's choices, at least {config.min_expert_capacity}"
+    )
+    if not config.drop_tokens:
+        return [("an expert serves", f"all tokens that choose it; with --drop-tokens {rule}")]
+    return [
+        ("an expert serves", rule),
+        ("dropped", "choices beyond that: a token's result depends on the others of its step"),
+    ]
 
 
 def _window(config: ModelConfig) -> str:

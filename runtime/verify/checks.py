@@ -32,6 +32,7 @@ from gatework.runtime.verify.work import Work, work_folder
 if TYPE_CHECKING:
     from gatework.export.checkpoint import Checkpoint
     from gatework.export.rounding import Format
+    from gatework.plugins.moe.spec import MoEAttributes
 
 _TOOLS = ("gatework", "torch")
 _SIZES = ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")
@@ -78,7 +79,7 @@ def verify(
     from gatework.export.checkpoint import Checkpoint
 
     engine = Engine.open(engine_dir)
-    checkpoint = Checkpoint.open(os.fspath(checkpoint_dir))
+    checkpoint = Checkpoint.open(os.fspath(checkpoint_dir), drop_tokens=engine.model.get("drop_tokens", False))
     _check_pair(engine, checkpoint, check_fingerprint)
     bounds = _bounds(engine, bounds, has_text=text is not None)
     plan = make_plan(engine, text, prompts, tokens, window, taps=shows_inside(engine))
@@ -86,8 +87,8 @@ def verify(
         kept = Work(folder, _key(engine, checkpoint, plan, threads))
         done = kept.recording(plan.cases)
         if done is None:
-            recording = Recording(folder, plan.cases)
-            changed = _run(engine, plan, recording, threads, progress)
+            recording = Recording(folder, plan.cases, _dropping(checkpoint))
+            changed = _run(engine, plan, recording, _slots(engine), threads, progress)
             kept.keep_recording(recording, changed)
         else:
             recording, changed = done
@@ -120,9 +121,10 @@ def compare_engines(
         GateworkError: a bad engine, or two that are not of one model.
     """
     engine, other = Engine.open(engine_dir), Engine.open(other_dir)
-    for name in ("family", *_SIZES, "moe"):
-        if engine.model[name] != other.model[name]:
-            raise GateworkError(f"the engines differ in {name}", got=f"{engine.model[name]} and {other.model[name]}")
+    for name in ("family", *_SIZES, "moe", "drop_tokens"):
+        ours, theirs = engine.model.get(name), other.model.get(name)
+        if ours != theirs:
+            raise GateworkError(f"the engines differ in {name}", got=f"{ours} and {theirs}")
     if bounds is None:
         bounds = max(_default_bounds(engine), _default_bounds(other), key=lambda each: each.mean_kl or 0.0)
     taps = shows_inside(engine) and shows_inside(other)
@@ -138,7 +140,7 @@ def compare_engines(
         for name, each in (("engine", engine), ("other", other)):
             (Path(folder) / name).mkdir()
             recordings.append(Recording(Path(folder) / name, plan.cases))
-            _run(each, plan, recordings[-1], threads, progress)
+            _run(each, plan, recordings[-1], min(_slots(engine), _slots(other)), threads, progress)
         found = Findings(recordings[0], engine.model)
         found.collect_from(recordings[1])
     checks = [*found.difference_checks(), *found.logit_checks(bounds, has_text=text is not None)]
@@ -225,11 +227,24 @@ def _format(engine: Engine) -> Format:
     return Format(UNITS[kind], bits, group, dynamic=dynamic, wide=wide, experts=experts, fine_group=fine, kept=kept)
 
 
-def _run(engine: Engine, plan: Plan, recording: Recording, threads: int | None, progress: bool) -> float | None:
+def _slots(engine: Engine) -> int:
+    """Sequences to run at once."""
+    return min(engine.limits.max_batch, _MOST_SLOTS)
+
+
+def _dropping(checkpoint: Checkpoint) -> MoEAttributes | None:
+    """How the model's experts are chosen, if they drop tokens."""
+    from gatework.export.decoder import moe_attributes
+
+    return moe_attributes(checkpoint.config) if checkpoint.config.drop_tokens else None
+
+
+def _run(
+    engine: Engine, plan: Plan, recording: Recording, slots: int, threads: int | None, progress: bool
+) -> float | None:
     """Run the cases. Returns by how much the values given up inside change the logits; None where nothing is given up."""
     from tqdm import tqdm
 
-    slots = min(engine.limits.max_batch, _MOST_SLOTS)
     tapped = bool(recording.starts)
     first = plan.cases[next(iter(recording.starts), 0)]
     probe = first.ids[: max(min(first.chunk, first.prompt), 1)]

@@ -49,15 +49,18 @@ class Findings:
         from gatework.export.layerwise import Compared, LayerwiseReference
 
         cases = self.recording.cases
-        by_prompt = (
-            checkpoint.config.ntk_length is not None
-        )  # or else a token's place in or after the prompt is all one
-        numbers: dict[tuple[int, tuple[int, ...], tuple[int, ...]], int] = {}
-        keys = ((case.prompt * by_prompt, tuple(case.ids), tuple(case.source or ())) for case in cases)
+        config = checkpoint.config
+        by_prompt = config.ntk_length is not None  # or else a token's place in or after the prompt is all one
+        numbers: dict[tuple[int, tuple[int, ...], tuple[int, ...], int], int] = {}
+        keys = (  # where tokens are dropped, each case has company of its own
+            (case.prompt * by_prompt, tuple(case.ids), tuple(case.source or ()), i * config.drop_tokens)
+            for i, case in enumerate(cases)
+        )
         of_case = [numbers.setdefault(key, len(numbers)) for key in keys]
-        prompts, sequences, sources = zip(*numbers, strict=True)
+        prompts, sequences, sources, _ = zip(*numbers, strict=True)
         tapped = [of_case[i] for i in self.recording.starts]
-        reference = LayerwiseReference(checkpoint, sequences, prompts, tapped, form, sources)
+        company = self.recording.company if config.drop_tokens else ()
+        reference = LayerwiseReference(checkpoint, sequences, prompts, tapped, form, sources, company)
         if self.model["moe"] is not None:
             self.experts = Experts(self.model["moe"]["top_k"])
         if work is not None and (done := work.reference()) is not None:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gatework.plugins.engine_format import kept_choices
+from gatework.plugins.moe import reference
+from gatework.plugins.moe.spec import MoEAttributes
 from gatework.runtime.verify.feed import Case, Fed, feed
 
 if TYPE_CHECKING:
@@ -62,10 +65,24 @@ class Recording:
     """What an engine computed: the logits of every case, by position, and every step of the tapped ones.
 
     Rows of steps count from the first token of the first tapped case.
+
+    Args:
+        routing: of experts that drop tokens. Then of the tapped ones `kept_choices` are written down as well, by the operator's
+            definition and the router's logits of all tokens of their step.
     """
 
-    def __init__(self, folder: Path, cases: Sequence[Case], *, restore: dict[str, np.ndarray] | None = None) -> None:
-        self.cases, self._folder = cases, folder
+    def __init__(
+        self,
+        folder: Path,
+        cases: Sequence[Case],
+        routing: MoEAttributes | None = None,
+        *,
+        restore: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        self.cases, self._folder, self._routing = cases, folder, routing
+        self.company: list[
+            np.ndarray
+        ] = []  # by step: case and position of its tokens, [n, 2], in the order of the operator
         self.starts: dict[int, int] = {}  # of the tapped cases
         self.total = 0
         for i, case in enumerate(cases):
@@ -82,12 +99,14 @@ class Recording:
     def state(self) -> dict[str, np.ndarray]:
         """What `restored` needs besides the files."""
         steps = {f"step.{name}": rows.seen for name, rows in self._steps.items()}
-        return steps | {f"logits.{i}": rows.seen for i, rows in enumerate(self.logits)}
+        company = {"company": np.concatenate(self.company), "tokens": np.array([len(step) for step in self.company])}
+        return steps | company | {f"logits.{i}": rows.seen for i, rows in enumerate(self.logits)}
 
     @classmethod
     def restored(cls, folder: Path, cases: Sequence[Case], state: dict[str, np.ndarray]) -> Recording:
         """A recording whose files are there."""
         recording = cls(folder, cases, restore=state)
+        recording.company = np.split(state["company"], np.cumsum(state["tokens"])[:-1])
         for key in state:
             if key.startswith("step."):
                 name = key.removeprefix("step.")
@@ -127,9 +146,24 @@ class Recording:
         for fed in feed(backend, cases, finished):
             for at, position, row in zip(fed.cases, fed.positions, fed.logits, strict=True):
                 self.logits[chosen[at]].write(position, row[None])
+            numbers = [chosen[at] for at in fed.cases]
+            self.company.append(_company(fed, numbers))
             for name, values in getattr(backend, "tapped", {}).items():
-                self._add_step(name, fed, [chosen[at] for at in fed.cases], values.reshape(-1, values.shape[-1]))
+                rows = values.reshape(-1, values.shape[-1])
+                self._add_step(name, fed, numbers, rows)
+                if (
+                    self._routing is not None
+                    and name.endswith(".router")
+                    and not self.starts.keys().isdisjoint(numbers)
+                ):
+                    self._add_step(kept_choices(name), fed, numbers, self._kept(rows))
             done(fed.tokens)
+
+    def _kept(self, logits: np.ndarray) -> np.ndarray:
+        """1 for each choice [n, K] of a step's tokens that has a place at its expert, else 0; logits: the router's, [n, E]."""
+        assert self._routing is not None
+        chosen, _ = reference.route(logits, self._routing)
+        return reference.kept(chosen, logits.shape[1], self._routing).astype(np.float32)
 
     def _add_step(self, name: str, fed: Fed, cases: list[int], rows: np.ndarray) -> None:
         """Rows [tokens, d] of a step; of prefill the last one alone may have been computed."""
@@ -149,3 +183,11 @@ class Recording:
         if name not in self._steps:
             self._steps[name] = Rows(self._folder / name, self.total)
         return self._steps[name]
+
+
+def _company(fed: Fed, cases: list[int]) -> np.ndarray:
+    """Case and position of every token of a step, [n, 2]; cases: numbers of the step's."""
+    positions = np.array(fed.positions)
+    if fed.phase == "prefill":
+        positions = np.arange(1 - fed.tokens, 1) + positions
+    return np.stack([np.broadcast_to(cases, positions.shape), positions], axis=1)

@@ -80,11 +80,11 @@ def judge(step: Compared, recording: Recording) -> Stage:
     if not len(rows):
         nan = float("nan")
         return Stage(step.layer, step.tensor, nan, nan, nan, nan, nan, 0, False, 0, "nothing was computed")
-    size = np.maximum(np.linalg.norm(want, axis=1), _TINY)
+    size = _sizes(want)
     with np.errstate(invalid="ignore", over="ignore"):
         errors, expected = np.linalg.norm(got - want, axis=1) / size, noise / size
         sums, bias = (got - want).sum(1) / size, step.bias.numpy() / size
-        accumulated = _rms(np.linalg.norm(got - own, axis=1) / np.maximum(np.linalg.norm(own, axis=1), _TINY))
+        accumulated = _rms(np.linalg.norm(got - own, axis=1) / _sizes(own))
         gain = float((got * want).sum() / max((want * want).sum(), _TINY))
     local, mean = _rms(errors), _rms(expected)
     limits = (_ROW_OF_ONE if step.tensor.endswith("context") else _ROW) * np.maximum(expected, mean)
@@ -117,7 +117,7 @@ def difference(layer: int | None, tensor: str, one: tuple[Tensor, Tensor], other
     (found, got), (others, want) = ((rows.numpy(), values.numpy().astype(np.float64)) for rows, values in (one, other))
     rows, here, there = np.intersect1d(found, others, return_indices=True)  # one may have computed fewer in prefill
     got, want = got[here], want[there]
-    size = np.maximum(np.linalg.norm(want, axis=1), _TINY)
+    size = _sizes(want)
     error = _rms(np.linalg.norm(got - want, axis=1) / size)
     nan = float("nan")
     return Stage(layer, tensor, nan, nan, error, error, float("inf"), len(rows), True, 0, "")
@@ -156,6 +156,13 @@ def _kind(
         if first and all(beyond[i] for i in range(len(places)) if places[i][1] >= first):
             notes.append(f"all from position {first} on")
     return ", ".join(notes)
+
+
+def _sizes(rows: np.ndarray) -> np.ndarray:
+    """What errors of rows [n, d] are measured by, [n]: their norms, and for rows of zeros, such as experts give of tokens that
+    they drop, that of all rows."""
+    norms = np.linalg.norm(rows, axis=1)
+    return np.maximum(np.where(norms > 0, norms, _rms(norms)), _TINY)
 
 
 def _size(values: np.ndarray) -> float:

@@ -92,6 +92,8 @@ ROUTED = replace(DENSE, moe=MoEConfig(num_experts=5, top_k=3), eos_token_ids=(2,
         ({"sequence_capacity": 64}, "no experts"),
         ({"sequence_capacity": 64, "moe": MoEConfig(num_experts=4, top_k=2)}, "top 2"),
         ({"moe_interval": 3, "moe": MoEConfig(num_experts=4, top_k=2)}, "moe_interval"),
+        ({"expert_capacity": -1.0}, "expert_capacity"),
+        ({"drop_tokens": True}, "drop no tokens"),
     ],
 )
 def test_impossible_value_is_refused_by_name(changes: dict[str, Any], named: str) -> None:

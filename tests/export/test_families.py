@@ -650,7 +650,11 @@ def test_openmoe() -> None:
     assert [i for i in range(24) if config.has_experts(i)] == [5, 11, 17, 23]
     assert config.moe is not None
     assert (config.moe.top_k, config.moe.renormalize) == (2, False)
-    assert read(without(OPENMOE, "router_topk")) == config
+    silent = ("router_topk", "router_capacity_factor_eval", "router_drop_tks", "router_min_capacity")
+    assert read(without(OPENMOE, *silent)) == config
+    assert (config.expert_capacity, config.min_expert_capacity, config.drop_tokens) == (2.0, 4, False)
+    assert read(OPENMOE | {"router_drop_tks": False}) == replace(config, expert_capacity=0.0, min_expert_capacity=0)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     shapes = {ours: weight.shape for ours, weight in openmoe.t5x_weight_map(config).items()}
     assert shapes == config.tensor_shapes()
 
@@ -779,6 +783,7 @@ UNSUPPORTED: dict[str, tuple[Raw, str]] = {
     "openmoe ungated": (OPENMOE | {"mlp_gated": False}, "mlp_gated"),
     "openmoe interval": (OPENMOE | {"moe_layer_interval": 25}, "moe_interval leaves no layer"),
     "openmoe zero interval": (OPENMOE | {"moe_layer_interval": 0}, "moe_interval"),
+    "openmoe capacity": (OPENMOE | {"router_capacity_factor_eval": -1.0}, "expert_capacity"),
     "openmoe experts": (without(OPENMOE, "num_experts"), "num_experts"),
     "openmoe native": (OPENMOE | {"model_type": "openmoe", "architectures": ["HFOpenMoeForCausalLM"]}, "architectures"),
     "grok untied": (GROK_1 | {"tie_word_embeddings": False}, "tie_word_embeddings"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,13 +55,21 @@ def test_equals_the_original(tmp_path: Path, name: str) -> None:
 
 @torch.inference_mode()
 def test_openmoe_drops_as_the_port_does(tmp_path: Path) -> None:
-    """With the released capacity, in one step of 24 tokens: some experts are full."""
+    """With the released capacity some experts are full: in a step of 24 tokens, and in steps of one token of each row."""
     (tokens, kept), _ = golden("openmoe")
     with np.load(GOLDEN / "openmoe" / "logits.npz") as file:
-        want = torch.from_numpy(file["dropped_0"])
+        want, batch, together = (
+            torch.from_numpy(file[f"{name}"]) for name in ("dropped_0", "tokens_batch", "dropped_batch")
+        )
     assert (want - kept).abs().max() > 0.02 * kept.abs().max()
-    checkpoint = Checkpoint.open(make("openmoe", tmp_path))
-    config = replace(checkpoint.config, expert_capacity=2.0, min_expert_capacity=4)
-    decoder = load_decoder(replace(checkpoint, config=config), max_seq=32, all_logits=True)
+    checkpoint = Checkpoint.open(make("openmoe", tmp_path), drop_tokens=True)
+    assert (checkpoint.config.expert_capacity, checkpoint.config.min_expert_capacity) == (2.0, 4)
+    decoder = load_decoder(checkpoint, max_seq=32, all_logits=True)
     logits, *_ = run(decoder, tokens[None], [0], decoder.empty_cache(1))
     assert_close(logits[0], want, "prefill at once")
+    rows, length = batch.shape
+    logits, cache, _ = run(decoder, batch[:, :4], [0] * rows, decoder.empty_cache(rows))
+    assert_close(logits, together[:, :4], "prefill of all rows")
+    for at in range(4, length):
+        logits, cache, _ = run(decoder, batch[:, at, None], [at] * rows, cache)
+        assert_close(logits[:, 0], together[:, at], f"decode at {at}")
