@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,58 @@ def test_weights_of_openmoe(tmp_path: Path, file_format: str) -> None:
         assert torch.equal(checkpoint.read(name), tensor), name
         parts = torch.cat([part.flatten() for part in checkpoint.parts(name, max_bytes=4096)])
         assert torch.equal(parts, tensor.flatten()), name
+
+
+PHI_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+}
+PHI_NAMES |= {
+    "n_positions": "max_position_embeddings",
+    "layer_norm_epsilon": "layer_norm_eps",
+    "vocab_size": "vocab_size",
+}
+PHI_NAMES |= {name: name for name in ("bos_token_id", "eos_token_id")}
+PHI_PARTS = {"input_layernorm": "ln", "self_attn.dense": "mixer.out_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+
+
+@pytest.mark.parametrize("generation", ["mixformer-sequential", "phi-msft"])
+@pytest.mark.parametrize("file_format", ["safetensors", "bin"])
+def test_phi_of_2023(tmp_path: Path, generation: str, file_format: str) -> None:
+    """transformers' phi under the names of Microsoft's own code: the same weights, hence logits."""
+    path = make_checkpoint(tmp_path, "phi")
+    theirs, checkpoint = load_file(path / "model.safetensors"), Checkpoint.open(path)
+    raw = json.loads((path / "config.json").read_text())
+    layers, rotates = raw["num_hidden_layers"], checkpoint.config.rope_dim
+    config = {old: raw[new] for old, new in PHI_NAMES.items()} | {"model_type": generation, "rotary_dim": rotates}
+    if generation == "phi-msft":
+        block, head, embed, config["architectures"] = (
+            "transformer.h.{}",
+            "lm_head",
+            "transformer.embd.wte",
+            ["PhiForCausalLM"],
+        )
+    else:
+        block, head, embed = "layers.{}", f"layers.{layers + 1}", "layers.0.wte"
+    tensors = {f"{embed}.weight": theirs["model.embed_tokens.weight"]}
+    for kind in ("weight", "bias"):
+        tensors |= {f"{head}.ln.{kind}": theirs[f"model.final_layernorm.{kind}"]}
+        tensors |= {f"{head}.linear.{kind}": theirs[f"lm_head.{kind}"]}
+        for i in range(layers):
+            new, old = f"model.layers.{i}", block.format(i + (generation != "phi-msft"))
+            tensors |= {f"{old}.{b}.{kind}": theirs[f"{new}.{a}.{kind}"] for a, b in PHI_PARTS.items()}
+            qkv = [theirs[f"{new}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            tensors |= {f"{old}.mixer.Wqkv.{kind}": torch.cat(qkv), f"{old}.mixer.rotary_emb.inv_freq": torch.zeros(8)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if file_format == "bin":
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(tensors, tmp_path / "model.safetensors")
+    old = Checkpoint.open(tmp_path)
+    assert replace(old.config, family="phi") == checkpoint.config
+    assert all(torch.equal(old.read(name), checkpoint.read(name)) for name in checkpoint.weights)
 
 
 def test_both_layouts_of_openmoe(tmp_path: Path) -> None:

@@ -211,6 +211,57 @@ PHI = {
 }
 PHI_2 = PHI | {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "partial_rotary_factor": 0.4}
 
+PHI_SEQUENTIAL = {
+    "activation_function": "gelu_new",
+    "architecture": {
+        "block_cls": "parallel",
+        "mixer": {"dropout": 0.1, "mixer_cls": "mha"},
+        "mlp": {"mlp_cls": "fused_mlp"},
+    },
+    "architectures": ["MixFormerSequentialForCausalLM"],
+    "auto_map": {"AutoConfig": "configuration_mixformer_sequential.MixFormerSequentialConfig"},
+    "embd_layer": "default",
+    "embd_pdrop": 0.0,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "mixformer-sequential",
+    "n_embd": 2048,
+    "n_head": 32,
+    "n_inner": None,
+    "n_layer": 24,
+    "n_positions": 2048,
+    "phyagi_version": "0.0.4.dev",
+    "resid_pdrop": 0.0,
+    "rotary_dim": 32,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vocab_size": 51200,
+}
+PHI_MSFT = {
+    "activation_function": "gelu_new",
+    "architectures": ["PhiForCausalLM"],
+    "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "flash_attn": False,
+    "flash_rotary": False,
+    "fused_dense": False,
+    "img_processor": None,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "phi-msft",
+    "n_embd": 2560,
+    "n_head": 32,
+    "n_head_kv": None,
+    "n_inner": None,
+    "n_layer": 32,
+    "n_positions": 2048,
+    "resid_pdrop": 0.1,
+    "rotary_dim": 32,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vocab_size": 51200,
+}
+
 MPT = {
     "architectures": ["MPTForCausalLM"],
     "attn_config": {
@@ -423,6 +474,8 @@ PUBLISHED: dict[str, tuple[Raw, int, int, int]] = {
     "mpt-7b": (MPT, 6_649_286_656, 6_649_286_656, 524_288),
     "phi-1.5": (PHI, 1_418_270_720, 1_418_270_720, 196_608),
     "phi-2": (PHI_2, 2_779_683_840, 2_779_683_840, 327_680),
+    "phi-1.5 of 2023": (PHI_SEQUENTIAL, 1_418_270_720, 1_418_270_720, 196_608),
+    "phi-2 of 2023": (PHI_MSFT, 2_779_683_840, 2_779_683_840, 327_680),
     "grok-1": (GROK_1, 315_684_820_992, 83_756_587_008, 262_144),
     "openmoe-base": (OPENMOE_BASE, 799_663_104, 535_421_952, 36_864),
     "openmoe-8b": (OPENMOE, 11_855_046_656, 3_801_982_976, 294_912),
@@ -631,6 +684,24 @@ def test_phi(raw: Raw) -> None:
     assert read(newer | {"rope_parameters": rope}) == config
 
 
+@pytest.mark.parametrize(("raw", "today"), [(PHI_SEQUENTIAL, PHI), (PHI_MSFT, PHI_2)], ids=["phi-1.5", "phi-2"])
+def test_phi_of_2023(raw: Raw, today: Raw) -> None:
+    """The same model under its older names, and where they are silent."""
+    config = read(raw)
+    assert replace(config, family="phi") == read(today)
+    silent = (
+        "architecture",
+        "n_inner",
+        "n_head_kv",
+        "n_positions",
+        "rotary_dim",
+        "layer_norm_epsilon",
+        "tie_word_embeddings",
+    )
+    assert read(without(raw, *silent)) == config
+    assert read(raw | {"vocab_size": 51137}).vocab_size == 51200
+
+
 def test_grok_1() -> None:
     """With and without model_type, and the shape that ckpt-0 stands for when no config is beside it."""
     config = read(GROK_1)
@@ -779,6 +850,15 @@ UNSUPPORTED: dict[str, tuple[Raw, str]] = {
     "phi tied": (PHI | {"tie_word_embeddings": True}, "head with a bias"),
     "phi scaled": (PHI | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type"),
     "phi epsilon": (PHI | {"layer_norm_eps": "small"}, "layer_norm_eps"),
+    "phi of 2023 sequential": (
+        PHI_SEQUENTIAL | {"architecture": {"block_cls": "sequential"}},
+        "architecture.block_cls",
+    ),
+    "phi of 2023 mixer": (PHI_SEQUENTIAL | {"architecture": {"mixer": {"mixer_cls": "conv"}}}, "mixer_cls"),
+    "phi of 2023 class": (PHI_SEQUENTIAL | {"architectures": ["PhiForCausalLM"]}, "architectures"),
+    "phi of 2023 padding": (PHI_MSFT | {"pad_vocab_size_multiple": 0}, "pad_vocab_size_multiple"),
+    "phi of 2023 activation": (PHI_MSFT | {"activation_function": "relu"}, "activation_function"),
+    "phi of 2023 merged": (PHI_MSFT | {"num_local_experts": 4}, "num_local_experts"),
     "openmoe activation": (OPENMOE | {"hidden_act": "silu"}, "hidden_act"),
     "openmoe ungated": (OPENMOE | {"mlp_gated": False}, "mlp_gated"),
     "openmoe interval": (OPENMOE | {"moe_layer_interval": 25}, "moe_interval leaves no layer"),
