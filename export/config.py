@@ -15,6 +15,8 @@ MAX_LAYERS = 1_000
 MAX_GATE = 1e4
 MAX_EXPERTS = 65_536  # over all layers: a weight map is made before any tensor is looked at
 
+_LISTS = ("eos_token_ids", "full_attention", "dense_layers")  # in JSON
+
 Norm = Literal["rms", "layer"]
 QKNorm = Literal["head", "width"]
 Bias = Literal["qkv", "attn", "all"]
@@ -110,9 +112,9 @@ class ModelConfig:
     tie_embeddings: bool = False
     moe: MoEConfig | None = None
     moe_interval: int = 1  # n: every n-th layer has experts, the last of each n; the others are dense
-    expert_capacity: float = (
-        0.0  # factor of the choices that an expert serves in one step; 0: the model has no such rule
-    )
+    dense_layers: tuple[int, ...] = ()  # of those that would have experts, layers that are dense all the same
+    dense_width: int | None = None  # of dense feed-forward parts, where experts are I wide and those are not
+    expert_capacity: float = 0.0  # factor of the choices that an expert serves in one step; 0: there is no such rule
     min_expert_capacity: int = 0
     drop_tokens: bool = False  # that rule is applied, so that a token's result depends on the others of its step
     sequence_capacity: int = 0  # tokens of one sequence that an expert serves in one step; 0: none is dropped
@@ -255,6 +257,7 @@ class ModelConfig:
         if self.moe is not None and self.moe_interval > self.num_layers:
             expected = f"at most num_layers={self.num_layers}"
             raise GateworkError("moe_interval leaves no layer with experts", got=self.moe_interval, expected=expected)
+        self._check_dense_layers()
         if self.glu == "three_way" and (self.parallel or self.bias == "all"):
             what = "in parallel layers" if self.parallel else "with biases of all products"
             raise GateworkError(f"glu is not supported {what}", got=self.glu, expected="none or two_way")
@@ -265,7 +268,7 @@ class ModelConfig:
             if (self.activation, self.glu) != ("silu", "two_way"):
                 expected = "two-way silu gates"
                 raise GateworkError("alpha, beta and limit are of other gates", got=self.glu, expected=expected)
-            if self.moe_interval > 1 or self.extra_mlp:
+            if self.moe_interval > 1 or self.dense_layers or self.extra_mlp:
                 raise GateworkError("alpha, beta and limit are for experts in every layer", got="dense MLPs besides")
         for name in ("alibi_bias_max", "relative_buckets"):
             if getattr(self, name) is not None and self.attn_sinks:
@@ -274,6 +277,16 @@ class ModelConfig:
             raise GateworkError("attn_sinks and attn_softcap exclude each other", got=self.attn_softcap)
         if self.bias == "all" and self.tie_embeddings:
             raise GateworkError("a head with a bias is no embedding table", fix="check the checkpoint's config")
+
+    def _check_dense_layers(self) -> None:
+        layers, width = self.dense_layers, self.dense_width
+        known = all(type(i) is int and 0 <= i < self.num_layers for i in layers) and len(set(layers)) == len(layers)
+        if not known or (layers and self.moe_layers == 0):
+            expected = f"numbers of layers below {self.num_layers}, once each, that leave one with experts"
+            raise GateworkError("dense_layers are out of range", got=str(layers)[:80], expected=expected)
+        if width is not None and (self.moe is None or not (type(width) is int and 1 <= width <= MAX_SIZE)):
+            expected = f"1 to {MAX_SIZE}, beside experts alone"
+            raise GateworkError("dense_width is out of range", got=repr(width), expected=expected)
 
     @property
     def rotary_dim(self) -> int:
@@ -314,7 +327,12 @@ class ModelConfig:
 
     def has_experts(self, layer: int) -> bool:
         """Whether the layer's feed-forward part is routed."""
-        return self.moe is not None and (layer + 1) % self.moe_interval == 0
+        return self.moe is not None and (layer + 1) % self.moe_interval == 0 and layer not in self.dense_layers
+
+    @property
+    def mlp_width(self) -> int:
+        """Of dense feed-forward parts."""
+        return self.intermediate_size if self.dense_width is None else self.dense_width
 
     def has_shared(self, layer: int) -> bool:
         """Whether the layer has a shared expert beside its routed ones."""
@@ -327,7 +345,7 @@ class ModelConfig:
     @property
     def moe_layers(self) -> int:
         """How many of the decoder's layers have experts."""
-        return self.num_layers // self.moe_interval if self.moe is not None else 0
+        return sum(map(self.has_experts, range(self.num_layers)))
 
     @property
     def encoder(self) -> ModelConfig | None:
@@ -350,6 +368,7 @@ class ModelConfig:
     def _stack_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the layers, what they share, and the norm after them."""
         D, I, Dh, G = self.hidden_size, self.intermediate_size, self.head_dim, self.matrices
+        width = self.mlp_width
         on_qkv, on_o, on_all = self.bias is not None, self.bias in ("attn", "all"), self.bias == "all"
         shapes: dict[str, tuple[int, ...]] = {}
         if self.relative_buckets is not None:
@@ -374,21 +393,21 @@ class ModelConfig:
             if not self.parallel:
                 layer |= self._norm_shapes("ffn_norm")
             if self.moe is None or not self.has_experts(i):  # gate rows first, then up rows
-                layer |= {"mlp.w_in": (G * I, D), "mlp.w_out": (D, I)}
-                layer |= {"mlp.b_in": (G * I,), "mlp.b_out": (D,)} if on_all else {}
+                layer |= {"mlp.w_in": (G * width, D), "mlp.w_out": (D, width)}
+                layer |= {"mlp.b_in": (G * width,), "mlp.b_out": (D,)} if on_all else {}
             else:
                 E = self.moe.num_experts
                 layer |= _product("moe.router", E, D, self.moe.bias)
                 layer |= {"moe.w_in": (E, G * I, D), "moe.w_out": (E, D, I)}
                 layer |= {"moe.b_in": (E, G * I), "moe.b_out": (E, D)} if self.moe.bias else {}
-                if (width := self.moe.shared_width) is not None:
+                if (shared := self.moe.shared_width) is not None:
                     layer |= {"moe.shared.router.weight": (1, D)}
-                    layer |= {"moe.shared.w_in": (G * width, D), "moe.shared.w_out": (D, width)}
+                    layer |= {"moe.shared.w_in": (G * shared, D), "moe.shared.w_out": (D, shared)}
             if self.post_norms:
                 layer |= self._norm_shapes("ffn_post_norm")
             if self.has_extra(i):
                 layer |= self._norm_shapes("extra_norm")
-                layer |= {"extra_mlp.w_in": (G * I, D), "extra_mlp.w_out": (D, I)}
+                layer |= {"extra_mlp.w_in": (G * width, D), "extra_mlp.w_out": (D, width)}
             shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
         return shapes | self._norm_shapes("norm")
 
@@ -420,7 +439,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, inverse of `from_dict`."""
-        lists = {name: list(getattr(self, name)) for name in ("eos_token_ids", "full_attention")}
+        lists = {name: list(getattr(self, name)) for name in _LISTS}
         return asdict(self) | lists
 
     @property
@@ -436,7 +455,7 @@ class ModelConfig:
             for name, kind in (("moe", MoEConfig), ("yarn", YarnConfig)):
                 if fields.get(name) is not None:
                     fields[name] = kind(**fields[name])
-            for name in ("eos_token_ids", "full_attention"):
+            for name in _LISTS:
                 fields[name] = tuple(fields.get(name, ()))
             return cls(**fields)
         except TypeError as error:

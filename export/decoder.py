@@ -282,7 +282,7 @@ class Layer(nn.Module):
         if not config.parallel:
             self.ffn_norm = norm(config)
         self.ffn = "moe" if config.has_experts(index) else "mlp"  # the name under which its weights go
-        self.add_module(self.ffn, MoE(config) if config.has_experts(index) else MLP(config, config.intermediate_size))
+        self.add_module(self.ffn, MoE(config) if config.has_experts(index) else MLP(config, config.mlp_width))
         self.index, self.has_cross = index, bool(config.encoder_layers)
         if self.has_cross:
             self.cross_norm, self.cross = norm(config), CrossAttention(config)
@@ -290,7 +290,7 @@ class Layer(nn.Module):
         self.ffn_post_norm = norm(config) if config.post_norms else nn.Identity()
         self.has_extra = config.has_extra(index)
         if self.has_extra:
-            self.extra_norm, self.extra_mlp = norm(config), MLP(config, config.intermediate_size)
+            self.extra_norm, self.extra_mlp = norm(config), MLP(config, config.mlp_width)
 
     def forward(self, x: Tensor, step: Step, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         middle, k, v = self.attend(x, step, past_k, past_v)

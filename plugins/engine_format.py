@@ -72,7 +72,8 @@ def layer_taps(layer: int, model: Mapping[str, Any]) -> list[str]:
     """
     moe = model["moe"]
     branches, extra = ["mlp"], []
-    if moe is not None and (layer + 1) % (model.get("moe_interval") or 1) == 0:
+    dense = (layer + 1) % (model.get("moe_interval") or 1) or layer in model.get("dense_layers", ())
+    if moe is not None and not dense:
         branches = ["router", "experts", *(["shared"] if moe.get("shared_width") is not None else [])]
         extra = ["routed", "extra"] if model.get("extra_mlp") else []
     cross = ["cross_context", "cross_attention", "cross_residual"] if model.get("encoder_layers") else []

@@ -54,6 +54,10 @@ TABLE: dict[str, tuple[str, dict[str, Any]]] = {  # model -> (model_type, sizes)
     "mpt-clip": ("mpt", MPT | SIX_HEADS | {"qkv_clip": 2.0}),
 }
 
+# Of Qwen's two: experts in some layers, in names that transformers has. Two layers and four.
+DENSE_FIRST: dict[str, Any] = {"mlp_only_layers": [0]}
+EXPERTS_LAST: dict[str, Any] = {"num_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [1]}
+
 # So that its ramp lies within the few pairs of a tiny head, and within the few positions of a test.
 YARN: dict[str, Any] = {
     "factor": 4.0,
@@ -104,7 +108,7 @@ def hf_config(model: str, **overrides: Any) -> transformers.PreTrainedConfig:
         return mpt_config(sizes)
     if model_type in ("qwen2_moe", "qwen3_moe"):
         sizes["moe_intermediate_size"] = sizes["intermediate_size"]
-        sizes["intermediate_size"] *= 2  # of dense layers: none is there
+        sizes["intermediate_size"] *= 2  # of dense layers, of which there are none unless asked for
     if model_type == "olmoe" and "head_dim" in sizes:
         sizes["hidden_size"] = sizes.pop("head_dim") * sizes["num_heads"]
     tokens = {"eos_token_id": None} if model_type == "olmoe" else {}  # its default is beyond these vocabularies

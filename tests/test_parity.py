@@ -15,7 +15,7 @@ from gatework import LLM, SamplingParams
 from gatework.export.build import build_engine
 from gatework.runtime.backends.ort import OrtBackend
 from gatework.runtime.engine import Engine
-from tests.checkpoints import TABLE, make_checkpoint, odd_sizes, reference_model
+from tests.checkpoints import DENSE_FIRST, EXPERTS_LAST, TABLE, make_checkpoint, odd_sizes, reference_model
 from tests.originals import ORIGINALS
 
 # float32 sums of a few hundred terms in another order: 1e-6; an error of meaning shows at 1e-3 and more
@@ -23,6 +23,7 @@ RELATIVE = 1e-5
 NEW_TOKENS = 64
 CASES = [(model, "plain", seed, {}) for model in TABLE for seed in (0, 1, 2)]
 CASES += [(model, "plain", 0, {}) for model in ORIGINALS]
+CASES += [("qwen2_moe", "dense first", 0, DENSE_FIRST), ("qwen3_moe", "experts last", 0, EXPERTS_LAST)]
 CASES += [
     (model, name, seed, sizes)
     for model in ("llama2", "mistral", "mixtral", "dbrx")

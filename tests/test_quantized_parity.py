@@ -18,7 +18,7 @@ from gatework.export.reference import Reference
 from gatework.plugins.moe import cpu_ops
 from gatework.runtime.backends.ort import OrtBackend
 from gatework.runtime.engine import Engine
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import DENSE_FIRST, make_checkpoint
 
 # Kernels round activations to 8 bits per group, 1/254 of the largest value each: about 1 % on a logit after two random
 # layers, more where two experts are nearly tied and the other one is chosen; hence the median over positions.
@@ -39,6 +39,7 @@ CASES = [
         ("olmoe", {}),
         ("phi", {}),
         ("qwen2_moe", {}),
+        ("qwen2_moe", DENSE_FIRST),
         ("qwen2", {}),
         ("mpt-clip", {"tie_embeddings": False}),
         ("gpt-oss", {"intermediate_size": 50}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
 from gatework.export.config import Dtype, ModelConfig, MoEConfig
@@ -95,6 +95,20 @@ def read_experts(fields: Fields) -> MoEConfig:
     num_experts = given.pop() if given else fields.integer("num_experts")
     renormalize = fields.flag("norm_topk_prob", False)
     return MoEConfig(num_experts=num_experts, top_k=fields.integer("num_experts_per_tok"), renormalize=renormalize)
+
+
+def with_dense_layers(config: ModelConfig, raw: dict[str, Any]) -> ModelConfig:
+    """With those layers of Qwen's that have no experts, whose width is the file's `intermediate_size`."""
+    fields = Fields(raw)
+    listed = raw.get("mlp_only_layers") or []
+    if not isinstance(listed, list) or not all(type(i) is int for i in listed):
+        raise fields.error("mlp_only_layers", listed, "a list of numbers of layers")
+    found = replace(
+        config, moe_interval=fields.integer("decoder_sparse_step", 1), dense_layers=tuple(sorted(set(listed)))
+    )
+    if found.moe_layers == found.num_layers:
+        return found
+    return replace(found, dense_width=fields.integer("intermediate_size"))
 
 
 def refuse_architecture(fields: Fields, known: tuple[str, ...]) -> None:
@@ -220,7 +234,7 @@ def _weight_map(config: ModelConfig, moe: str, expert_parts: tuple[str, str, str
         if config.qk_norm is not None:
             names |= {f"{ours}.attn.{part}_norm.weight": f"{theirs}.self_attn.{part}_norm.weight" for part in "qk"}
         names[f"{ours}.ffn_norm.weight"] = f"{theirs}.post_attention_layernorm.weight"
-        if config.moe is None:
+        if config.moe is None or not config.has_experts(i):
             parts = (f"{theirs}.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
             weights |= layouts.mlp(config, ours, *parts)
         else:

@@ -18,8 +18,8 @@ def ends(config: ModelConfig, embed: str, norm: str) -> dict[str, str]:
 
 
 def mlp(config: ModelConfig, ours: str, gate: str, up: str, down: str) -> WeightMap:
-    """Dense feed-forward weights of layer `ours`: gate and up [I, D], down [D, I]."""
-    return gated(f"{ours}.mlp", config.hidden_size, config.intermediate_size, gate, up, down)
+    """Dense feed-forward weights of layer `ours`: gate and up [I, D], down [D, I], I the width of dense layers."""
+    return gated(f"{ours}.mlp", config.hidden_size, config.mlp_width, gate, up, down)
 
 
 def gated(ours: str, D: int, I: int, gate: str, up: str, down: str) -> WeightMap:

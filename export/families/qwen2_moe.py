@@ -1,4 +1,4 @@
-"""Qwen1.5-MoE and Qwen2-57B-A14B: Qwen2 with a routed feed-forward layer in every block, and a shared expert beside it."""
+"""Qwen1.5-MoE and Qwen2-57B-A14B: Qwen2 with routed feed-forward layers, and a shared expert beside each."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ DEFAULTS = hf.Defaults(
 def read_config(raw: dict[str, Any]) -> ModelConfig:
     """ModelConfig of a Hugging Face `config.json` whose model_type is "qwen2_moe".
 
-    Its `intermediate_size` is the width of dense layers, of which there may be none.
+    Its `intermediate_size` is the width of dense layers, where there are some.
     """
     width = {"intermediate_size": raw.get("moe_intermediate_size")}
     fields = Fields(qwen3.without_window(raw) | width, labels={"intermediate_size": "moe_intermediate_size"})
-    fields.refuse_unless("mlp_only_layers", [])
-    fields.refuse_unless("decoder_sparse_step", 1)
     moe = replace(hf.read_experts(fields), shared_width=fields.integer("shared_expert_intermediate_size"))
     config = hf.read_config("qwen2_moe", fields, DEFAULTS, moe, own=("qkv_bias",))
-    return replace(config, bias="qkv" if fields.flag("qkv_bias", True) else None)
+    return hf.with_dense_layers(replace(config, bias="qkv" if fields.flag("qkv_bias", True) else None), raw)
 
 
 weight_map = hf.projections_weight_map

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3 with a routed feed-forward layer in every block, and no shared expert."""
+"""Qwen3-MoE: Qwen3 with routed feed-forward layers, and no shared expert."""
 
 from __future__ import annotations
 
@@ -21,14 +21,12 @@ DEFAULTS = hf.Defaults(
 def read_config(raw: dict[str, Any]) -> ModelConfig:
     """ModelConfig of a Hugging Face `config.json` whose model_type is "qwen3_moe".
 
-    Its `intermediate_size` is the width of dense layers, of which there may be none.
+    Its `intermediate_size` is the width of dense layers, where there are some.
     """
     width = {"intermediate_size": raw.get("moe_intermediate_size")}
     fields = Fields(qwen3.without_window(raw) | width, labels={"intermediate_size": "moe_intermediate_size"})
-    fields.refuse_unless("mlp_only_layers", [])
-    fields.refuse_unless("decoder_sparse_step", 1)
     config = hf.read_config("qwen3_moe", fields, DEFAULTS, hf.read_experts(fields))
-    return replace(config, qk_norm="head")
+    return hf.with_dense_layers(replace(config, qk_norm="head"), raw)
 
 
 weight_map = hf.projections_weight_map

@@ -98,7 +98,7 @@ def _scratch(config: ModelConfig, options: BuildOptions) -> int:
     if config.encoder_layers:  # the bias of every pair of a prompt's tokens, and what the encoder made of a prompt
         total += config.num_heads * options.max_seq**2 * GPU_VALUE
         total += options.max_seq * config.kv_bytes_per_token(GPU_VALUE)
-    dense = (config.matrices + 1) * tokens * config.intermediate_size * GPU_VALUE
+    dense = (config.matrices + 1) * tokens * config.mlp_width * GPU_VALUE
     if config.moe is None:
         return total + dense
     sizes, attributes, _ = largest_call(config, options)

@@ -185,7 +185,8 @@ def _features(config: ModelConfig) -> list[tuple[str, str]]:
     if config.parallel:
         rows.append(("layers", "attention and feed-forward side by side"))
     if config.moe is not None and config.moe_layers < config.num_layers:
-        rows.append(("layers with experts", f"{config.moe_layers}, one in {config.moe_interval}"))
+        interval = f", one in {config.moe_interval}" if config.moe_interval > 1 else ""
+        rows.append(("layers with experts", f"{config.moe_layers}{interval}; the others are {config.mlp_width} wide"))
     if config.sequence_capacity:
         rows.append(("an expert serves", f"{config.sequence_capacity} tokens of a prompt; the others pass by"))
     if config.expert_capacity:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from gatework.export.decoder import Decoder
 from gatework.export.reference import load_decoder
-from tests.checkpoints import TABLE, make_checkpoint, odd_sizes, reference_model
+from tests.checkpoints import DENSE_FIRST, EXPERTS_LAST, TABLE, make_checkpoint, odd_sizes, reference_model
 
 # float32, 2 layers: rounding of sums in another order stays below 1e-6; an error of meaning shows at 1e-3 and more.
 RELATIVE = 1e-5
 CASES = [(model, "plain", {}) for model in TABLE]
+CASES += [("qwen2_moe", "dense first", DENSE_FIRST), ("qwen3_moe", "experts last", EXPERTS_LAST)]
 CASES += [
     (model, name, sizes)
     for model in ("llama2", "mistral", "mixtral", "dbrx")

@@ -702,6 +702,15 @@ def test_phi_of_2023(raw: Raw, today: Raw) -> None:
     assert read(raw | {"vocab_size": 51137}).vocab_size == 51200
 
 
+@pytest.mark.parametrize("raw", [QWEN2_MOE, QWEN3_MOE], ids=["qwen2_moe", "qwen3_moe"])
+def test_layers_without_experts(raw: Raw) -> None:
+    config = read(raw | {"decoder_sparse_step": 3, "mlp_only_layers": [5, 0]})
+    assert [i for i in range(12) if config.has_experts(i)] == [2, 8, 11]
+    assert (config.mlp_width, config.intermediate_size) == (raw["intermediate_size"], raw["moe_intermediate_size"])
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert read(raw).dense_width is None
+
+
 def test_grok_1() -> None:
     """With and without model_type, and the shape that ckpt-0 stands for when no config is beside it."""
     config = read(GROK_1)
@@ -812,8 +821,11 @@ UNSUPPORTED: dict[str, tuple[Raw, str]] = {
     "qwen3 yarn": (QWEN3 | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type"),
     "qwen3 layers": (QWEN3 | {"layer_types": ["full_attention", "sliding_attention"] * 18}, "layer_types"),
     "qwen3_moe window": (QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
-    "qwen3_moe dense layers": (QWEN3_MOE | {"mlp_only_layers": [0]}, "mlp_only_layers"),
-    "qwen3_moe every other": (QWEN3_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+    "qwen3_moe dense layers": (QWEN3_MOE | {"mlp_only_layers": "0"}, "mlp_only_layers"),
+    "qwen3_moe no such layer": (QWEN3_MOE | {"mlp_only_layers": [48]}, "dense_layers"),
+    "qwen3_moe dense alone": (QWEN3_MOE | {"mlp_only_layers": list(range(48))}, "dense_layers"),
+    "qwen3_moe no step": (QWEN3_MOE | {"decoder_sparse_step": 0}, "moe_interval"),
+    "qwen3_moe wide step": (QWEN3_MOE | {"decoder_sparse_step": 49}, "moe_interval"),
     "qwen3_moe width": (without(QWEN3_MOE, "moe_intermediate_size"), "moe_intermediate_size"),
     "qwen3_moe experts": (QWEN3_MOE | {"num_local_experts": 64}, "num_experts"),
     "qwen3_moe no experts": (without(QWEN3_MOE, "num_experts"), "num_experts"),
@@ -828,8 +840,7 @@ UNSUPPORTED: dict[str, tuple[Raw, str]] = {
     "qwen length": (QWEN | {"seq_length": 1}, "ntk_length"),
     "qwen2 window": (QWEN2 | {"use_sliding_window": True}, "use_sliding_window"),
     "qwen2 yarn": (QWEN2 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.type"),
-    "qwen2_moe dense layers": (QWEN2_MOE | {"mlp_only_layers": [0]}, "mlp_only_layers"),
-    "qwen2_moe every other": (QWEN2_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+    "qwen2_moe dense layers": (without(QWEN2_MOE, "intermediate_size") | {"mlp_only_layers": [0]}, "intermediate_size"),
     "qwen2_moe shared": (without(QWEN2_MOE, "shared_expert_intermediate_size"), "shared_expert_intermediate_size"),
     "qwen2_moe width": (QWEN2_MOE | {"shared_expert_intermediate_size": 0}, "shared_width"),
     "mpt multiquery": (with_attention(attn_type="multiquery_attention"), "attn_config.attn_type"),

@@ -12,7 +12,7 @@ from gatework.export.build import build_engine
 from gatework.export.checkpoint import Checkpoint, read_config
 from gatework.export.config import ModelConfig, MoEConfig
 from gatework.export.sizes import devices_needed, kv_bytes, weight_bytes
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import EXPERTS_LAST, make_checkpoint
 
 MIXTRAL = {"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8}
 MIXTRAL |= {"norm_eps": 1e-05, "vocab_size": 32000, "moe": {"num_experts_per_tok": 2, "num_experts": 8}}
@@ -25,6 +25,7 @@ CASES: list[tuple[str, str, dict[str, Any], int | None]] = [
     ("phi", "int8", {}, None),
     ("mpt", "int4", {}, None),
     ("qwen2_moe", "int8", {}, None),
+    ("qwen3_moe", "int4", EXPERTS_LAST, None),
     ("gpt-oss", "int8", {"intermediate_size": 50}, None),
     ("gpt-oss", "fp32", {}, None),
     ("llama1", "int8", {}, None),  # width 172: padded blocks
@@ -38,7 +39,7 @@ CASES: list[tuple[str, str, dict[str, Any], int | None]] = [
 def test_engines_have_the_size_foretold(
     tmp_path: Path, model: str, precision: Any, sizes: dict[str, Any], group: int | None
 ) -> None:
-    path = make_checkpoint(tmp_path, model, num_layers=1, **sizes)
+    path = make_checkpoint(tmp_path, model, **{"num_layers": 1} | sizes)
     engine = build_engine(path, tmp_path / "engine", precision=precision, group_size=group)
     built = json.loads((engine / "manifest.json").read_text())["weight_bytes"]["total"]
     assert weight_bytes(Checkpoint.open(path).config, precision, group) == built

@@ -36,7 +36,7 @@ from gatework.plugins.moe.kernels.launches import launches
 from gatework.plugins.moe.reference import unpack_int4
 from gatework.plugins.moe.spec import MoEAttributes, MoESizes
 from gatework.runtime.cli import main
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import EXPERTS_LAST, make_checkpoint
 from tests.plan_text import compiled_products
 
 pytest.importorskip(
@@ -112,6 +112,21 @@ def test_other_families(tmp_path: Path, model: str, precision: str) -> None:
     assert head == {"int8": ("INT8", "INT8"), "bf16": ("BF16", "BF16"), "int4": ("BF16", "INT8")}[precision]
     group = 128 if precision == "int4" else 0
     assert sum(gpu_weight_bytes(config, precision, group)) == manifest_of(engine)["weight_bytes"]["total"]
+
+
+def test_layers_without_experts(tmp_path: Path) -> None:
+    """One plugin in four layers, and the products of three dense ones."""
+    path, calibration = make_checkpoint(tmp_path, "qwen3_moe", **EXPERTS_LAST), tmp_path / "calibration.json"
+    calibrate(path, np.random.default_rng(0).integers(0, 128, 64).tolist(), window=16, smooth=0.5).save(calibration)
+    engine = build_engine(path, tmp_path / "e", target="a100", precision="int8", max_seq=16, calibration=calibration)
+    layers = json.loads((engine / "layers.json").read_text())
+    assert (layers["counts"]["PLUGIN_V3"], layers["counts"]["KV_CACHE_UPDATE"]) == (1, 8)
+    assert Counter(map(tuple, layers["products"].values())) == {
+        ("INT8", "INT8"): 4 * 4 + 3 * 2 + 1,
+        ("FLOAT", "FLOAT"): 1,
+    }
+    foretold = gpu_weight_bytes(Checkpoint.open(path).config, "int8", 0)
+    assert sum(foretold) == manifest_of(engine)["weight_bytes"]["total"]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int4"])

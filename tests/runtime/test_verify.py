@@ -22,7 +22,7 @@ from gatework.runtime.verify import DEFAULT_BOUNDS, Bounds, Check, VerifyReport,
 from gatework.runtime.verify.compare import Comparison, Place, kl_divergence, relative_error, top_overlap
 from gatework.runtime.verify.feed import Case, feed
 from gatework.runtime.verify.perplexity import negative_log_likelihood, perplexity, windows
-from tests.checkpoints import make_checkpoint, reference_model
+from tests.checkpoints import EXPERTS_LAST, make_checkpoint, reference_model
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-mixtral"
 TEXT = (TINY / "heldout.txt").read_text()[:3000]
@@ -65,6 +65,14 @@ def test_quantised_engines_pass(tiny: dict[str, Path], precision: str) -> None:
     steps = ["steps: share of the rounding bound", "steps: logits changed by observing them"]
     assert judged == [*steps, "prefill: mean KL", "decode: mean KL", "perplexity change"]
     assert named(report, "top-1 disagreement").observed < 0.15
+
+
+def test_layers_without_experts_pass(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "qwen3_moe", **EXPERTS_LAST)
+    report = verify(build_engine(path, tmp_path / "engine", precision="int8", prefill_chunk=16), path, tokens=16)
+    assert report.passed, str(report)
+    assert sum(stage.tensor == "mlp" for stage in report.stages) == 3
+    assert sum(stage.tensor == "experts" for stage in report.stages) == 1
 
 
 @torch.inference_mode()
