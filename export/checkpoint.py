@@ -16,7 +16,7 @@ from torch import Tensor
 from gatework.export import ckpt, mxfp4
 from gatework.export import folder as folders
 from gatework.export.config import Dtype, ModelConfig
-from gatework.export.families import FAMILIES, family_of, gpt_oss, grok1, openmoe, params_json
+from gatework.export.families import FAMILIES, T5X, family_of, gpt_oss, grok1, params_json
 from gatework.export.families.fields import Fields
 from gatework.export.sources import Source, find_source
 from gatework.export.stored import TORCH_DTYPES, Stored
@@ -112,7 +112,10 @@ class Checkpoint:
                 weights = FAMILIES[config.family].weight_map(config)
         elif source.layout == "t5x":
             config = read_hf_config(path)
-            weights = openmoe.t5x_weight_map(config)
+            if config.family not in T5X:
+                got, expected = config.family, " or ".join(T5X)
+                raise GateworkError("T5X's layout is not read of this family", got=got, expected=expected)
+            weights = T5X[config.family](config)
         elif source.layout == "ckpt":
             raw = None if source.config is None else folders.read_json(source.config)
             config = grok1.ckpt_config(raw, list(source.tensors))

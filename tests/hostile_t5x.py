@@ -50,7 +50,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: (path / "config.json").write_text(
             json.dumps(json.loads((path / "config.json").read_text()) | LLAMA)
         ),
-        "is read of OpenMoE alone; got llama",
+        "is not read of this family; got llama",
     ),
     "no JSON": (text("{"), "is not JSON"),
     "a list": (text("[]"), "holds no JSON object"),

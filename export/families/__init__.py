@@ -25,6 +25,7 @@ from gatework.export.families import (
     qwen3,
     qwen3_moe,
     switch,
+    switch_t5x,
 )
 from gatework.export.weights import WeightMap
 from gatework.plugins.errors import GateworkError
@@ -64,6 +65,11 @@ FAMILIES: dict[str, Family] = {
         "openmoe": openmoe,
         "switch_transformers": switch,
     }.items()
+}
+# Weight maps of T5X's layout.
+T5X: dict[str, Callable[[ModelConfig], WeightMap]] = {
+    "openmoe": openmoe.t5x_weight_map,
+    "switch_transformers": switch_t5x.weight_map,
 }
 # Configs that leave model_type to their remote code, or name another family there.
 _BY_ARCHITECTURE = dict.fromkeys(grok1.ARCHITECTURES, "grok-1") | dict.fromkeys(openmoe.ARCHITECTURES, "openmoe")

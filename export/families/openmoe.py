@@ -15,7 +15,6 @@ from gatework.export.config import ModelConfig, MoEConfig
 from gatework.export.families import hf, layouts
 from gatework.export.families.fields import Fields
 from gatework.export.weights import Piece, Weight, WeightMap
-from gatework.plugins.errors import GateworkError
 
 ARCHITECTURES = ("OpenMoeForCausalLM",)
 DEFAULTS = hf.Defaults(
@@ -103,10 +102,6 @@ _T5X_ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "out"}
 
 def t5x_weight_map(config: ModelConfig) -> WeightMap:
     """Where T5X keeps every canonical weight: all matrices (in, out), those of experts stacked."""
-    if config.family != "openmoe":
-        raise GateworkError(
-            "T5X's layout is read of OpenMoE alone", got=config.family, fix="give OpenMoE's config.json"
-        )
     assert config.moe is not None
     shapes = config.tensor_shapes()
     E, D, I = config.moe.num_experts, config.hidden_size, config.intermediate_size

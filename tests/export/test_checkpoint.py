@@ -30,7 +30,8 @@ from tests.checkpoints import TABLE, make_checkpoint, odd_sizes, reference_model
 from tests.formats import convert, formats_of
 from tests.golden.grok1 import weights as grok1
 from tests.golden.openmoe import weights as openmoe
-from tests.t5x_format import write_t5x, write_zarr
+from tests.switch import make_switch
+from tests.t5x_format import write_switch_t5x, write_t5x, write_zarr
 
 Edit = Callable[[dict[str, Tensor]], object]
 
@@ -243,6 +244,32 @@ def test_both_layouts_of_openmoe(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path)
     assert t5x.config == checkpoint.config
     assert t5x.fingerprint() == Checkpoint.open(t5x.path).fingerprint()
+    for name in checkpoint.weights:
+        expected = checkpoint.read(name)
+        assert torch.equal(t5x.read(name), expected), name
+        parts = torch.cat([part.flatten() for part in t5x.parts(name, max_bytes=2048)])
+        assert torch.equal(parts, expected.flatten()), name
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["base", "xxl"])
+def test_both_layouts_of_switch(tmp_path: Path, gated: bool) -> None:
+    path = make_switch(tmp_path, tie_word_embeddings=not gated)
+    tensors = {name: tensor.numpy() for name, tensor in load_file(path / "model.safetensors").items()}
+    config = json.loads((path / "config.json").read_text())
+    if not gated:
+        del tensors["lm_head.weight"]  # a copy of the embedding
+    if gated:  # which transformers' class does not make: a second matrix beside each first one
+        config["dense_act_fn"] = "gated-gelu"
+        gates = {name.replace(".wi.", ".wi_0."): tensor for name, tensor in tensors.items() if ".wi." in name}
+        ups = {name.replace("wi_0", "wi_1"): tensor + 1 for name, tensor in gates.items()}
+        tensors = {name: tensor for name, tensor in tensors.items() if ".wi." not in name} | gates | ups
+        (path / "config.json").write_text(json.dumps(config))
+        save_file({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, path / "model.safetensors")
+    checkpoint = Checkpoint.open(path)
+    t5x = Checkpoint.open(write_switch_t5x(tmp_path / "t5x", config, tensors))
+    if (path / "generation_config.json").exists():
+        shutil.copy(path / "generation_config.json", t5x.path)
+    assert Checkpoint.open(t5x.path).config == checkpoint.config
     for name in checkpoint.weights:
         expected = checkpoint.read(name)
         assert torch.equal(t5x.read(name), expected), name
