@@ -23,10 +23,9 @@ from gatework.export.calibration import Calibration, Range, check_range
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import ModelConfig
 from gatework.export.decoder import Layer, Step, norm, scaled
-from gatework.export.encoded import load_bias
 from gatework.export.positions import RelativeBias, rope_tables
 from gatework.export.recorder import Recorder, Tracker
-from gatework.export.reference import load_weights
+from gatework.export.reference import load_bias, load_weights
 from gatework.export.smoothing import balanced_products, column_absmax, smoothing_factors
 from gatework.plugins.errors import GateworkError
 

@@ -148,9 +148,16 @@ class CrossAttention(nn.Module):
         self.q, self.o = Linear(width, config.hidden_size), Linear(config.hidden_size, width)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        q = self.q(x).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
+        return self.o(self.read(self.queries(x), k, v, mask))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[B, H, S, Dh]."""
+        return self.q(x).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """What the queries find in keys and values [B, Hkv, L, Dh], [B, S, H * Dh]; mask: [B, 1, S, L]."""
         y, *_ = torch.onnx.ops.attention(q, k, v, mask, scale=self.config.attention_scale)
-        return self.o(y.transpose(1, 2).flatten(2))
+        return y.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):

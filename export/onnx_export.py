@@ -22,7 +22,7 @@ from gatework.export.lower.experts import attributes_of, moe_nodes
 from gatework.export.packing import identity_pack, set_pack
 from gatework.export.positions import relative_buckets, rope_tables
 from gatework.export.repeat import repeat_layers
-from gatework.export.taps import name_taps
+from gatework.export.taps import name_encoder_taps, name_taps
 from gatework.plugins.engine_format import CROSS, SOURCE_LENGTHS
 from gatework.plugins.moe import onnx_op, torch_op
 from gatework.plugins.moe.spec import INPUTS
@@ -101,6 +101,7 @@ def trace_encoder(config: ModelConfig, *, dtype: Dtype = "float32") -> ir.Model:
     inputs = {"input_ids": (ids, both), SOURCE_LENGTHS: (ids[:, 0].clone(), {0: batch})}
     model = _export(encoder, inputs, list(inputs), cache_names(config, CROSS))
     _drop_notes(model)
+    name_encoder_taps(model.graph, config)
     _fill(model.graph, "encoder.relative_bias.buckets", relative_buckets(config, both_sides=True))
     _mark_weights(model.graph, config)
     return model

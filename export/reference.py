@@ -14,7 +14,7 @@ from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import ModelConfig
 from gatework.export.decoder import Decoder
 from gatework.export.encoder import Encoder
-from gatework.export.positions import rope_tables
+from gatework.export.positions import RelativeBias, rope_tables
 from gatework.plugins.errors import GateworkError
 
 _CHUNK = 512  # prompt tokens run at once
@@ -65,6 +65,15 @@ def load_weights(
         owner, _, attribute = name.rpartition(".")
         weight = checkpoint.read(prefix + name).to(dtype)
         setattr(module.get_submodule(owner), attribute, nn.Parameter(weight, requires_grad=False))
+
+
+def load_bias(checkpoint: Checkpoint, stack: str, *, both_sides: bool) -> RelativeBias:
+    """What all layers of the decoder, or of the `stack` "encoder.", add to their scores."""
+    with torch.device("meta"):
+        bias = RelativeBias(checkpoint.config, both_sides=both_sides).eval()
+    load_weights(bias, checkpoint, f"{stack}relative_bias.")
+    bias.fill()
+    return bias
 
 
 @dataclass(frozen=True, slots=True)

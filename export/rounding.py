@@ -143,6 +143,11 @@ def stored(rows: Tensor) -> Callable[[Rounding | None], Tensor]:
     return lambda rounding: rows if rounding is None else rounding.weight(rows)
 
 
+def summed(y: Tensor) -> Callable[[Rounding | None], Tensor]:
+    """What float arithmetic made without a product, exact and rounded."""
+    return lambda rounding: y if rounding is None else rounding.sum_of(y, y.abs())
+
+
 def total(x: Tensor, y: Tensor, *, normed: bool = False) -> Callable[[Rounding | None], Tensor]:
     """x + y, exact and rounded; where y was normalised first, its own rounding counts."""
     spread = y.abs() if normed else torch.zeros(())

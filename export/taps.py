@@ -5,12 +5,31 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from gatework.export.config import ModelConfig
-from gatework.plugins.engine_format import TAP_OUTPUT, graph_taps, layer_taps
+from gatework.plugins.engine_format import ENCODER_TAPS, TAP_OUTPUT, encoder_taps, graph_taps, layer_taps
 from gatework.plugins.moe.spec import DOMAIN
 
 
 def name_taps(graph: ir.Graph, config: ModelConfig) -> None:
-    """Give the values of the canonical graph that `layer_taps` lists their names."""
+    """Give the values of the canonical graph that `graph_taps` lists their names."""
+    _name_embedding(graph, "")
+    _name_layers(graph, config, "")
+
+
+def name_encoder_taps(graph: ir.Graph, config: ModelConfig) -> None:
+    """Give the values of a canonical encoder's graph that `encoder_taps` lists their names; config: of the whole model."""
+    assert config.encoder is not None
+    _name_embedding(graph, ENCODER_TAPS)
+    for i in range(config.encoder_layers):
+        for name, weight in (("key", "k"), ("value", "v")):
+            product = _product(graph, f"{ENCODER_TAPS}layers.{i}.attn.{weight}.weight")
+            _with_bias(product.outputs[0]).name = f"{ENCODER_TAPS}layers.{i}.{name}"
+    _name_layers(graph, config.encoder, ENCODER_TAPS)
+    last = _product(graph, "layers.0.cross.k.weight").inputs[0]
+    assert last is not None
+    last.name = f"{ENCODER_TAPS}norm"
+
+
+def _name_embedding(graph: ir.Graph, prefix: str) -> None:
     (gather,) = (node for node in graph.initializers["embed.weight"].consumers() if node.op_type == "Gather")
     embedded = gather.outputs[0]
     embedded.name = "embedding.rows"  # the exporter calls it "embedding" by itself
@@ -19,10 +38,15 @@ def name_taps(graph: ir.Graph, config: ModelConfig) -> None:
         "Mul",
     ):  # by the embedding's multiplier
         embedded = users[0].outputs[0]
-    embedded.name = "embedding"
+    embedded.name = f"{prefix}embedding"
+
+
+def _name_layers(graph: ir.Graph, config: ModelConfig, prefix: str) -> None:
+    """Values of the layers of a stack, what `layer_taps` lists, after the prefix of its weights."""
     model = config.to_dict()
     for i in range(config.num_layers):
-        project = _product(graph, f"layers.{i}.attn.o.weight")
+        layer = f"{prefix}layers.{i}"
+        project = _product(graph, f"{layer}.attn.o.weight")
         attention = _with_bias(project.outputs[0])
         residual = _sum_with(attention)
         values: dict[str, ir.Value | None] = {
@@ -31,14 +55,14 @@ def name_taps(graph: ir.Graph, config: ModelConfig) -> None:
             "residual": residual,
         }
         if config.encoder_layers:
-            cross = _product(graph, f"layers.{i}.cross.o.weight")
+            cross = _product(graph, f"{layer}.cross.o.weight")
             values |= {"cross_context": cross.inputs[0], "cross_attention": cross.outputs[0]}
             values["cross_residual"] = _sum_with(cross.outputs[0])
         if not config.has_experts(i):
-            branch = _with_bias(_product(graph, f"layers.{i}.mlp.w_out").outputs[0])
+            branch = _with_bias(_product(graph, f"{layer}.mlp.w_out").outputs[0])
             values["mlp"] = branch
         else:
-            router = values["router"] = _product(graph, f"layers.{i}.moe.router.weight").outputs[0]
+            router = values["router"] = _product(graph, f"{layer}.moe.router.weight").outputs[0]
             (node,) = (node for node in router.consumers() if node.domain == DOMAIN)
             values["experts"] = node.outputs[0]
             (reshape,) = node.outputs[0].consumers()
@@ -49,19 +73,23 @@ def name_taps(graph: ir.Graph, config: ModelConfig) -> None:
                 branch = total.outputs[0]
         if config.has_extra(i):
             values["routed"] = _sum_with(branch)
-            branch = values["extra"] = _product(graph, f"layers.{i}.extra_mlp.w_out").outputs[0]
+            branch = values["extra"] = _product(graph, f"{layer}.extra_mlp.w_out").outputs[0]
         values["output"] = _sum_with(branch)
         for name, tensor in zip(layer_taps(i, model), values, strict=True):
             value = values[tensor]
             assert value is not None
-            value.name = name
+            value.name = prefix + name
 
 
-def show_taps(model: ir.Model, config: ModelConfig) -> None:
-    """Make the values that `name_taps` named outputs of a lowered graph, in float32."""
+def show_taps(model: ir.Model, config: ModelConfig, *, encoder: bool = False) -> None:
+    """Make the values that `name_taps` named, or of an encoder's graph `name_encoder_taps`, outputs of a lowered graph.
+
+    They are in float32.
+    """
     graph = model.graph
     values = {value.name: value for node in graph for value in node.outputs}
-    for name in graph_taps(config.to_dict()):
+    taps = encoder_taps if encoder else graph_taps
+    for name in taps(config.to_dict()):
         node = ir.node("Cast", [values[name]], {"to": ir.DataType.FLOAT})
         graph.append(node)
         (output,) = node.outputs

@@ -90,6 +90,41 @@ def graph_taps(model: Mapping[str, Any]) -> list[str]:
     return ["embedding", *(name for names in layers for name in names)]
 
 
+def encoder_taps(model: Mapping[str, Any]) -> list[str]:
+    """Values of an encoder's graph that verification compares, in order of computation; none where there is no encoder.
+
+    Those of `graph_taps` after "encoder."; and of each layer `key` and `value`, [B, S, Hkv * Dh], which are in no cache; and
+    `encoder.norm`: the stream after the last norm.
+    """
+    count = model.get("encoder_layers") or 0
+    stack = {**model, "encoder_layers": 0}
+    layers = ([f"layers.{i}.key", f"layers.{i}.value", *layer_taps(i, stack)] for i in range(count))
+    names = ["embedding", *(name for names in layers for name in names), "norm"] if count else []
+    return [f"{ENCODER_TAPS}{name}" for name in names]
+
+
+ENCODER_TAPS = "encoder."  # before the names of what an encoder's graph computes
+CROSS_CACHE = ("cross_key", "cross_value")  # of a decoder layer: what it reads of the encoder
+
+
+def tap_name(layer: int | None, tensor: str) -> str:
+    """The value's name in its graph; tensor: "context", or "encoder.context" of an encoder's layer."""
+    stack, dot, value = tensor.rpartition(".")
+    return tensor if layer is None else f"{stack}{dot}layers.{layer}.{value}"
+
+
+def tap_place(name: str) -> tuple[int | None, str]:
+    """Layer and tensor of a value; inverse of `tap_name`."""
+    stack, inside, rest = name.rpartition("layers.")
+    layer, _, value = rest.partition(".")
+    return (int(layer), stack + value) if inside else (None, name)
+
+
+def of_source(tensor: str) -> bool:
+    """Whether the tensor's rows are tokens that an encoder reads, and not the decoder's."""
+    return tensor.startswith(ENCODER_TAPS) or tensor in CROSS_CACHE
+
+
 def stage_folder(number: int) -> str:
     """The folder in an engine that holds graph and weights of a stage."""
     return f"stage{number}"

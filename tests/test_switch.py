@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,18 @@ from gatework import LLM, SamplingParams
 from gatework.export.build import build_engine, export_onnx
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.groups import DEFAULT_GROUPS
+from gatework.export.layerwise import LayerwiseReference
 from gatework.export.options import BuildOptions
 from gatework.export.reference import load_decoder, load_encoder
 from gatework.export.sizes import weight_bytes
+from gatework.export.steps.compared import Compared
+from gatework.export.steps.stack import Stack
 from gatework.plugins.errors import GateworkError
 from gatework.runtime.backends.ort import OrtBackend
 from gatework.runtime.cli import main
 from gatework.runtime.engine import Engine
-from gatework.runtime.verify import Bounds, verify
+from gatework.runtime.verify import Bounds, compare_engines, verify
+from gatework.runtime.verify.junit import to_junit
 from tests.switch import Oracle, make_switch
 from tests.test_quantized_parity import ROUNDED, round_weights
 from tests.tiny_tokenizers import make_t5
@@ -81,14 +86,12 @@ def test_verification_passes(tmp_path: Path, precision: str) -> None:
     """Quantised engines also equal the reference with equally rounded weights, as in test_quantized_parity."""
     path = make_switch(tmp_path, tie_word_embeddings=False, expert_capacity=64)
     engine = build_engine(path, tmp_path / "engine", precision=precision, max_seq=32, max_batch=3)
-    if precision != "fp32":
-        with pytest.raises(
-            GateworkError, match=f"could be judged; got {precision}, no text, logits alone; fix: give --text"
-        ):
-            verify(engine, path, tokens=16)
-    if precision != "int4":
-        report = verify(engine, path, tokens=16, bounds=None if precision == "fp32" else Bounds(mean_kl=0.03))
-        assert report.passed, str(report)
+    report = verify(engine, path, tokens=16)
+    assert report.passed, str(report)
+    both = {"embedding", "key", "value", "context", "attention", "residual", "mlp", "router", "experts", "output"}
+    cross = {f"cross_{name}" for name in ("key", "value", "context", "attention", "residual")}
+    encoder = {f"encoder.{name}" for name in both | {"norm"}}
+    assert {stage.tensor for stage in report.stages} == both | cross | encoder | {"logits"}
     built = json.loads((engine / "manifest.json").read_text())["weight_bytes"]["total"]
     checkpoint = Checkpoint.open(path)
     assert weight_bytes(checkpoint.config, precision) == built  # type: ignore[arg-type]
@@ -120,11 +123,39 @@ def test_verification_passes(tmp_path: Path, precision: str) -> None:
     assert np.median(errors) <= ROUNDED, errors
 
 
-def test_a_wrong_encoder_is_found(tmp_path: Path) -> None:
-    """Verification of logits can fail: an engine whose encoder is another checkpoint's."""
+def test_a_stopped_verification_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before every layer: none is run twice, and the report is that of one go."""
+    path = make_switch(tmp_path)
+    engine = build_engine(path, tmp_path / "engine", precision="int8", max_seq=32)
+    want = verify(engine, path, tokens=4)
+    layer, seen = LayerwiseReference._layer, list[str]()
+
+    def stopping(self: LayerwiseReference, stack: Stack, i: int) -> Iterator[Compared]:
+        seen.append(f"{stack.prefix}{i}")
+        if seen.count(seen[-1]) == 1:
+            raise KeyboardInterrupt
+        return layer(self, stack, i)
+
+    monkeypatch.setattr(LayerwiseReference, "_layer", stopping)
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            verify(engine, path, tokens=4, work=tmp_path / "work")
+    report = verify(engine, path, tokens=4, work=tmp_path / "work")
+    assert seen == [name for name in ("encoder.0", "encoder.1", "0", "1") for _ in range(2)]
+    assert report.to_dict() == want.to_dict()
+
+
+def test_another_encoder_is_found(tmp_path: Path) -> None:
+    """An engine against its own checkpoint's encoder, and against another's; and against itself."""
     path, other = make_switch(tmp_path), make_switch(tmp_path, seed=1)
     engines = [build_engine(each, tmp_path / f"engine{i}", precision="fp32") for i, each in enumerate((path, other))]
-    assert not verify(engines[1], path, tokens=8, check_fingerprint=False).passed
+    report = verify(engines[1], path, tokens=8, check_fingerprint=False)
+    assert str(report.first_divergence).startswith("encoder embedding, random prompt 1, position 0 (encode)")
+    assert "encoder embedding" in to_junit(report.to_dict())
+    for pair, differing in ((engines[:1] * 2, 0), (engines, 35)):
+        report = compare_engines(*pair, tokens=4, bounds=Bounds(relative=10))
+        (check,) = (check for check in report.checks if check.name == "steps that differ")
+        assert check.observed == differing
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from gatework.plugins import engine_format
-from gatework.plugins.engine_format import TAP_OUTPUT, stage_folder, stage_input
+from gatework.plugins.engine_format import ENCODER_TAPS, TAP_OUTPUT, stage_folder, stage_input
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import usable_cpus
 from gatework.plugins.moe import cpu_ops
@@ -89,7 +89,8 @@ class OrtBackend(Steps):
         max_batch: cache slots; on CPUs memory is touched only as slots fill.
         threads: of ONNX Runtime's pool; default: one for each CPU that this process may use.
         profile: ONNX Runtime times every operator and `session.end_profiling()` writes them to a file of this name's beginning.
-        taps: values inside the graph that every step leaves in `tapped`, float32 with the graph's shapes.
+        taps: values inside the graph that every step leaves in `tapped`, float32 with the graph's shapes; those of the
+            encoder's graph `encode` leaves there.
         stage: one of the engine's.
 
     Raises:
@@ -108,19 +109,20 @@ class OrtBackend(Steps):
     ) -> None:
         self._on_gpu = engine.manifest["target"] == "cuda"
         device = _open_gpu() if self._on_gpu else None
-        self.session = _open_session(engine, threads, on_gpu=self._on_gpu, profile=profile, taps=taps, stage=stage)
+        inside = [tap for tap in taps if not tap.startswith(ENCODER_TAPS)]
+        self.session = _open_session(engine, threads, on_gpu=self._on_gpu, profile=profile, taps=inside, stage=stage)
         inputs = {value.name: value for value in self.session.get_inputs()}
         outputs = {output.name: output for output in self.session.get_outputs()}
-        self._taps = {
-            tap: tap + TAP_OUTPUT if tap + TAP_OUTPUT in outputs else tap for tap in taps
-        }  # and their outputs
+        self._taps = _tap_outputs(self.session, inside)
         self._input_names = list(inputs)
         names = tuple(name.removeprefix("past.") for name in inputs if name.startswith("past."))
         past = inputs[f"past.{names[0]}"]
         self._source: Source | None = None
         if engine.model.get("encoder_layers"):
-            encoder = _open_session(engine, threads, on_gpu=False, graph=engine_format.ENCODER)
-            self._source = Source(encoder, inputs, max_batch, engine.limits.max_seq)
+            before = [tap for tap in taps if tap.startswith(ENCODER_TAPS)]
+            encoder = _open_session(engine, threads, on_gpu=False, taps=before, graph=engine_format.ENCODER)
+            seen = _tap_outputs(encoder, before)
+            self._source = Source(encoder, inputs, max_batch, engine.limits.max_seq, seen)
         self._cache_type, itemsize = _CACHE_TYPES[past.type]
         self.stream_dtype = _STREAM_DTYPES[self._cache_type]
         self._x, self._y = self._ports(engine.model, stage)
@@ -170,6 +172,12 @@ class OrtBackend(Steps):
         """Let the encoder read a prompt, for the sequence that begins in this slot."""
         assert self._source is not None
         self._source.encode(slot, tokens)
+        self.tapped = self._source.tapped
+
+    def encoded(self, name: str, slot: int) -> np.ndarray:
+        """A copy of what a slot has of the encoder, keys or values, [Hkv, L, Dh] float32; name as in "0.k"."""
+        assert self._source is not None
+        return self._source.read(name, slot)
 
     def _copy(self, source: int, target: int, length: int) -> None:
         self._cache.move(source, target, length)
@@ -268,6 +276,12 @@ def _open_session(
         got = session.get_providers()[0]
         raise GateworkError("ONNX Runtime did not take the GPU", got=got, expected=_CUDA, fix=fix)
     return session
+
+
+def _tap_outputs(session: ort.InferenceSession, taps: Sequence[str]) -> dict[str, str]:
+    """The output that gives each value."""
+    outputs = {output.name for output in session.get_outputs()}
+    return {tap: tap + TAP_OUTPUT if tap + TAP_OUTPUT in outputs else tap for tap in taps}
 
 
 def _with_outputs(path: Path, taps: Sequence[str]) -> bytes:

@@ -19,12 +19,19 @@ class Source:
     Args:
         encoder: its session.
         inputs: the decoder's, by name.
+        taps: values inside the encoder's graph, and the outputs of its session that give them.
     """
 
     def __init__(
-        self, encoder: ort.InferenceSession, inputs: Mapping[str, ort.NodeArg], slots: int, positions: int
+        self,
+        encoder: ort.InferenceSession,
+        inputs: Mapping[str, ort.NodeArg],
+        slots: int,
+        positions: int,
+        taps: Mapping[str, str],
     ) -> None:
-        self._encoder = encoder
+        self._encoder, self._taps = encoder, taps
+        self.tapped: dict[str, np.ndarray] = {}  # what `taps` were in the last run
         self._lengths = np.ones(slots, np.int64)
         cross = {name: value for name, value in inputs.items() if name.startswith(f"{CROSS}.")}
         if unknown := {value.type for value in cross.values()} - set(_TYPES):
@@ -38,10 +45,15 @@ class Source:
     def encode(self, slot: int, tokens: list[int]) -> None:
         """Run the encoder over a prompt, for a slot."""
         feeds = {"input_ids": np.array([tokens], np.int64), SOURCE_LENGTHS: np.array([len(tokens)], np.int64)}
-        found = self._encoder.run(list(self._values), feeds)
-        for kept, value in zip(self._values.values(), found, strict=True):
+        found = self._encoder.run([*self._values, *self._taps.values()], feeds)
+        for kept, value in zip(self._values.values(), found[: len(self._values)], strict=True):
             kept[slot, :, : len(tokens)] = value[0]
+        self.tapped = dict(zip(self._taps, found[len(self._values) :], strict=True))
         self._lengths[slot] = len(tokens)
+
+    def read(self, name: str, slot: int) -> np.ndarray:
+        """A copy of a slot's keys or values, [Hkv, length, Dh] float32; name as in "0.k"."""
+        return self._values[f"{CROSS}.{name}"][slot, :, : self._lengths[slot]].astype(np.float32)
 
     def move(self, source: int, target: int) -> None:
         """Copy what a slot has to another."""

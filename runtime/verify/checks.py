@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gatework.plugins import engine_format
-from gatework.plugins.engine_format import graph_taps
+from gatework.plugins.engine_format import encoder_taps, graph_taps
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import onnxruntime_version
 from gatework.plugins.moe import cpu_ops
 from gatework.runtime.backends.open import module_of, module_version, open_backend, shows_inside
 from gatework.runtime.engine import Engine
 from gatework.runtime.verify.bounds import DEFAULT_BOUNDS, Bounds
+from gatework.runtime.verify.feed import Case
 from gatework.runtime.verify.findings import Findings
 from gatework.runtime.verify.memory import weights_released
 from gatework.runtime.verify.perplexity import WINDOW
@@ -190,12 +191,12 @@ def _check_pair(engine: Engine, checkpoint: Checkpoint, check_fingerprint: bool)
 
 
 def _bounds(engine: Engine, given: Bounds | None, *, has_text: bool) -> Bounds:
-    """Those given, or the engine's; there must be something that they judge."""
+    """Those given, or the engine's; there must be something that is judged."""
     bounds = given or _default_bounds(engine)
     if given is None and not has_text:  # random tokens say nothing of quality
         bounds = replace(bounds, mean_kl=None, top1=None)
     judged = bounds if has_text else replace(bounds, perplexity=None)
-    if engine.model.get("encoder_layers") and judged == Bounds():
+    if judged == Bounds() and not shows_inside(engine):
         got, fix = f"{engine.manifest['precision']}, no text, logits alone", "give --text, or bounds of your own"
         raise GateworkError("nothing of this engine could be judged", got=got, fix=fix)
     return bounds
@@ -247,20 +248,26 @@ def _run(
 
     tapped = bool(recording.starts)
     first = plan.cases[next(iter(recording.starts), 0)]
-    probe = first.ids[: max(min(first.chunk, first.prompt), 1)]
     shipped = None
     if tapped and module_of(engine) == "onnxruntime":  # a plan gives up its values always, or never
         backend = open_backend(engine, max_batch=1, threads=threads)
         with weights_released(engine.path):
-            shipped = np.array(backend.prefill(0, probe, 0))
+            shipped = _probe(backend, first)
         del backend
-    taps = graph_taps(engine.model) if tapped else []
+    taps = [*encoder_taps(engine.model), *graph_taps(engine.model)] if tapped else []
     backend = open_backend(engine, max_batch=slots, threads=threads, taps=taps)
     with (
         weights_released(engine.path),
         tqdm(total=plan.rows, unit="tok", desc="engine", disable=not progress, file=sys.stderr) as bar,
     ):
-        difference = None if shipped is None else float(np.abs(backend.prefill(0, probe, 0) - shipped).max())
+        difference = None if shipped is None else float(np.abs(_probe(backend, first) - shipped).max())
         for group in plan.groups:
             recording.run(backend, group, bar.update)
     return difference
+
+
+def _probe(backend: Any, case: Case) -> np.ndarray:
+    """Logits of a case's first step."""
+    if case.source is not None:
+        backend.encode(0, case.source)
+    return np.array(backend.prefill(0, case.ids[: max(min(case.chunk, case.prompt), 1)], 0))

@@ -30,6 +30,11 @@ class Case:
     tapped: bool = False
     source: list[int] | None = None
 
+    @property
+    def steps(self) -> int:
+        """Tokens that encoder and decoder take."""
+        return self.length + len(self.source or ())
+
     def follow(self, logits: np.ndarray) -> None:
         """Append the most likely token after the last one, unless there are enough."""
         if len(self.ids) < self.length:
@@ -50,8 +55,15 @@ class Fed:
     tokens: int
 
 
-def feed(backend: Backend, cases: Sequence[Case], finished: Callable[[int, int], None]) -> Iterator[Fed]:
-    """Run all cases, in batches as large as the backend takes; `finished` gets the slot and number of each that is through.
+def feed(
+    backend: Backend,
+    cases: Sequence[Case],
+    finished: Callable[[int, int], None],
+    encoded: Callable[[int], None] | None = None,
+) -> Iterator[Fed]:
+    """Run all cases, in batches as large as the backend takes.
+
+    `finished` gets the slot and number of each that is through, `encoded` the number of each whose source was just encoded.
 
     Decoding goes in a batch whose rows stand at different positions. The longest rest goes to slot 0, so that the slots in
     use are always the first ones.
@@ -62,6 +74,8 @@ def feed(backend: Backend, cases: Sequence[Case], finished: Callable[[int, int],
         for slot, i in enumerate(group):
             if (source := cases[i].source) is not None:
                 cast(EncodingBackend, backend).encode(slot, source)
+                if encoded is not None:
+                    encoded(i)
             yield from _prefill(backend, slot, i, cases[i])
         yield from _decode(backend, cases, group)
         for slot, i in enumerate(group):

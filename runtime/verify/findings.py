@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gatework.plugins.engine_format import graph_taps
+from gatework.plugins.engine_format import encoder_taps, graph_taps, tap_place
 from gatework.runtime.engine import Engine
 from gatework.runtime.verify.bounds import Bounds
 from gatework.runtime.verify.compare import Comparison, Place
@@ -46,7 +46,8 @@ class Findings:
         """Stream the reference and compare; `work` keeps what was found after every layer."""
         from tqdm import tqdm
 
-        from gatework.export.layerwise import Compared, LayerwiseReference
+        from gatework.export.layerwise import LayerwiseReference
+        from gatework.export.steps.compared import Compared
 
         cases = self.recording.cases
         config = checkpoint.config
@@ -60,25 +61,30 @@ class Findings:
         prompts, sequences, sources, _ = zip(*numbers, strict=True)
         tapped = [of_case[i] for i in self.recording.starts]
         company = self.recording.company if config.drop_tokens else ()
-        reference = LayerwiseReference(checkpoint, sequences, prompts, tapped, form, sources, company)
+        given = (sequences, prompts, tapped, form, sources, company)
+        reference = LayerwiseReference(checkpoint, self.recording, *given)
         if self.model["moe"] is not None:
             self.experts = Experts(self.model["moe"]["top_k"])
         if work is not None and (done := work.reference()) is not None:
             layers, hidden, self.stages, experts = done
             reference.resume(layers, hidden)
             self.experts = None if experts is None else Experts(**experts)
-        total = checkpoint.config.num_layers + 1
         with tqdm(
-            total=total, initial=reference.layers, unit="layer", desc="reference", disable=not progress, file=sys.stderr
+            total=reference.total + 1,
+            initial=reference.layers,
+            unit="layer",
+            desc="reference",
+            disable=not progress,
+            file=sys.stderr,
         ) as bar:
-            for step in reference.steps(self.recording):
+            for step in reference.steps():
                 if isinstance(step, Compared):
                     self._add_step(step)
                     continue
                 bar.update()
                 if work is not None:
                     work.keep_reference(step + 1, reference.hidden, self.stages, self.experts)
-            for item in reference.logits(self.recording):
+            for item in reference.logits():
                 if isinstance(item, Compared):
                     self._add_step(item)
                     continue
@@ -89,9 +95,8 @@ class Findings:
 
     def collect_from(self, other: Recording) -> None:
         """Take another engine's values for the reference's."""
-        for name in graph_taps(self.model) if self.recording.starts else []:
-            layer, tensor = (None, name) if name == "embedding" else (int(name.split(".")[1]), name.split(".")[2])
-            self.stages.append(difference(layer, tensor, self.recording.rows(name), other.rows(name)))
+        for name in [*encoder_taps(self.model), *graph_taps(self.model)] if self.recording.starts else []:
+            self.stages.append(difference(*tap_place(name), self.recording.rows(name), other.rows(name)))
         for i, case in enumerate(self.recording.cases):
             for start in range(0, len(case.ids), _ROWS):
                 found, want = other.logits[i].read(start, start + _ROWS)
@@ -101,7 +106,7 @@ class Findings:
 
     def _add_step(self, step: Any) -> None:
         self.stages.append(judge(step, self.recording))
-        if step.tensor == "router" and self.experts is not None:
+        if step.tensor.rpartition(".")[2] == "router" and self.experts is not None:
             self.experts.add(step)
 
     def _add_logits(self, i: int, start: int, want: np.ndarray) -> None:
@@ -139,8 +144,8 @@ class Findings:
         stage = next((stage for stage in self.stages if not stage.passed), None)
         if stage is None:
             return None
-        case, position = self.recording.place(stage.row)
-        return Divergence(stage, self.recording.cases[case].name, position, self.recording.phase(case, position))
+        case, position, phase = self.recording.spot(stage.tensor, stage.row)
+        return Divergence(stage, self.recording.cases[case].name, position, phase)
 
     def step_checks(self, difference: float | None) -> list[Check]:
         """Of the steps inside the layers; difference: None where the engine was built to be observed."""

@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element
 
 from gatework.runtime.verify import charts
 from gatework.runtime.verify.html_parts import Report, figure, icon, observed, section, table, table_row, tile
-from gatework.runtime.verify.markup import element, number, percent, shown
+from gatework.runtime.verify.markup import element, number, percent, shown, stage_name
 
 _LEGEND = {  # class -> what it is, how it is drawn, whether with a dot
     "local": ("local error", "M1 6h22", True),
@@ -17,7 +17,8 @@ _LEGEND = {  # class -> what it is, how it is drawn, whether with a dot
     "accumulated": ("accumulated error", "M1 6h22", True),
     "cross": ("beyond the bound", "M8 2l8 8m0-8l-8 8", False),
 }
-_OUTSIDE = ("embedding", "output", "logits")  # tensors of no layer, in order of computation
+# Tensors of no layer, in order of computation.
+_OUTSIDE = ("encoder.embedding", "encoder.norm", "embedding", "output", "logits")
 
 
 def stages(report: Report) -> Element | None:
@@ -81,9 +82,8 @@ def _stage_table(caption: str, entries: Sequence[Report]) -> Element:
 
 
 def _stage_row(stage: Report) -> Element:
-    layer, tensor = stage.get("layer"), shown(stage.get("tensor"))
     rest = (shown(stage.get(name)) for name in ("expected", "bound", "accumulated", "compared"))
-    name = tensor if layer is None else f"layer {layer} {tensor}"
+    name = stage_name(stage.get("layer"), shown(stage.get("tensor")))
     return table_row(stage, name, (observed(stage.get("local")), *rest), judged=True)
 
 

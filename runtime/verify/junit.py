@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from xml.etree import ElementTree
 
-from gatework.runtime.verify.markup import element, number, shown
+from gatework.runtime.verify.markup import element, number, shown, stage_name
 
 
 def to_junit(report: dict[str, Any]) -> str:
@@ -62,8 +62,9 @@ def _found(entry: dict[str, Any], observed: str) -> str:
 
 
 def _stage_name(stage: dict[str, Any]) -> str:
-    layer, tensor = stage.get("layer"), shown(stage.get("tensor"))
-    return tensor if layer is None else f"layer {layer}: {tensor}"
+    name = stage_name(stage.get("layer"), shown(stage.get("tensor")))
+    place, _, tensor = name.rpartition(" ")
+    return name if stage.get("layer") is None else f"{place}: {tensor}"
 
 
 def _testcase(group: str, name: str, result: ElementTree.Element) -> ElementTree.Element:

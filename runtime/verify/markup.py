@@ -47,6 +47,12 @@ def shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def stage_name(layer: int | None, tensor: str) -> str:
+    """Such as "layer 3 context", and of an encoder's layer "encoder layer 3 context"."""
+    stack, _, value = tensor.rpartition(".")
+    return " ".join(filter(None, (stack, "" if layer is None else f"layer {layer}", value)))
+
+
 def percent(value: Any, digits: int = 1) -> str:
     """A share as a percentage."""
     share = number(value)

@@ -20,6 +20,7 @@ _LEAST_TEXT = 256
 _TEXT_HEAD = 32
 _RANDOM_WINDOWS = 4
 _WINDOW_CHUNK = 32  # prefill step for windows, so that each gives several rows
+_UNSEEN = "this plan shows no values inside; one built with --taps does"
 _MOST_TAPPED = 1024  # tokens; every step of theirs is kept, and computed several times by the reference
 
 
@@ -41,11 +42,11 @@ class Plan:
     def facts(self, engine: Engine) -> dict[str, Any]:
         """For the report."""
         prompts, windows = ([self.cases[i] for i in group] for group in self.groups[:2])
-        tapped = sum(case.length for case in self.cases if case.tapped)
+        tapped = sum(case.steps for case in self.cases if case.tapped)
         facts: dict[str, Any] = {
             "prompts": ", ".join(f"{case.name} of {len(case.source or case.ids[: case.prompt])}" for case in prompts),
             "windows": f"{len(windows)} of up to {max((case.length for case in windows), default=0)} tokens",
-            "steps": f"of {tapped} tokens" if tapped else f"none: {_unseen(engine)}",
+            "steps": f"of {tapped} tokens" if tapped else f"none: {_UNSEEN}",
         }
         reach = engine.model.get("sliding_window")
         if reach is not None and max(case.length for case in self.cases) <= reach:
@@ -90,23 +91,21 @@ def make_plan(
     kind = "random window" if text is None else "window"
     named = {f"{kind} {n}": ids for n, ids in enumerate(parts, start=1)}
     if engine.model.get("encoder_layers"):
-        return _encoding_plan(engine.model["start_token_id"], chosen, named, tokens)
+        return _encoding_plan(engine.model["start_token_id"], chosen, named, tokens, taps=taps)
     return _plan(engine, chosen, named, tokens, taps=taps)
 
 
-def _encoding_plan(start: int, prompts: dict[str, list[int]], windows: dict[str, list[int]], tokens: int) -> Plan:
+def _encoding_plan(
+    start: int, prompts: dict[str, list[int]], windows: dict[str, list[int]], tokens: int, *, taps: bool
+) -> Plan:
     """Of a model with an encoder, which reads prompts, and the first half of each window; the decoder takes token by token."""
     cases = [Case(name, [start], 1, 1, tokens, greedy=True, source=ids) for name, ids in prompts.items()]
     for name, ids in windows.items():
         half = len(ids) // 2
         cases.append(Case(name, [start, *ids[half:]], 0, 1, len(ids) - half + 1, source=ids[:half]))
+    if taps:
+        _tap(cases, list(range(len(cases))))
     return Plan(cases, (range(len(prompts)), range(len(prompts), len(cases))))
-
-
-def _unseen(engine: Engine) -> str:
-    if engine.model.get("encoder_layers"):
-        return "of a model with an encoder logits alone are compared"
-    return "this plan shows no values inside; one built with --taps does"
 
 
 def _plan(
@@ -127,10 +126,10 @@ def _tap(cases: list[Case], order: list[int]) -> None:
     """Choose cases whose steps are to be compared: the first ones, until there are tokens enough."""
     total = 0
     for i in order:
-        if total and total + cases[i].length > _MOST_TAPPED:
+        if total and total + cases[i].steps > _MOST_TAPPED:
             break
         cases[i].tapped = True
-        total += cases[i].length
+        total += cases[i].steps
 
 
 def _encode(engine: Engine, text: str) -> list[int]:

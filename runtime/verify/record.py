@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from gatework.plugins.engine_format import kept_choices
+from gatework.plugins.engine_format import kept_choices, of_source, tap_name, tap_place
 from gatework.plugins.moe import reference
 from gatework.plugins.moe.spec import MoEAttributes
 from gatework.runtime.verify.feed import Case, Fed, feed
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from gatework.runtime.scheduler import Backend
 
 _KINDS = {"k": "key", "v": "value"}
+
+
+class Spot(NamedTuple):
+    """A token of a case, and how it was run: "prefill", "decode", or "encode", where it is one that the encoder reads."""
+
+    case: int
+    position: int
+    phase: str
 
 
 class Rows:
@@ -64,7 +72,7 @@ class Rows:
 class Recording:
     """What an engine computed: the logits of every case, by position, and every step of the tapped ones.
 
-    Rows of steps count from the first token of the first tapped case.
+    Rows of steps count from the first token of the first tapped case; those of an encoder's, from the first that it read.
 
     Args:
         routing: of experts that drop tokens. Then of the tapped ones `kept_choices` are written down as well, by the operator's
@@ -84,11 +92,13 @@ class Recording:
             np.ndarray
         ] = []  # by step: case and position of its tokens, [n, 2], in the order of the operator
         self.starts: dict[int, int] = {}  # of the tapped cases
-        self.total = 0
+        self._source_starts: dict[int, int] = {}
+        self._total = self._source_total = 0
         for i, case in enumerate(cases):
             if case.tapped:
-                self.starts[i] = self.total
-                self.total += case.length
+                self.starts[i], self._source_starts[i] = self._total, self._source_total
+                self._total += case.length
+                self._source_total += len(case.source or ())
         self._steps: dict[str, Rows] = {}
         files = [(f"logits.{i}", case.length) for i, case in enumerate(cases)]
         if restore is None:
@@ -114,7 +124,7 @@ class Recording:
         return recording
 
     def rows(self, name: str) -> tuple[Tensor, Tensor]:
-        """See `gatework.export.layerwise.Recorded`."""
+        """See `gatework.export.steps.compared.Recorded`."""
         import torch
 
         if name == "logits":
@@ -126,10 +136,13 @@ class Recording:
             found, rows = self._steps[name].read()
         return torch.from_numpy(found), torch.from_numpy(rows)
 
-    def place(self, row: int) -> tuple[int, int]:
-        """Case and position of a row of steps."""
-        i = max((i for i, start in self.starts.items() if start <= row), key=self.starts.__getitem__)
-        return i, row - self.starts[i]
+    def spot(self, tensor: str, row: int) -> Spot:
+        """Where a row of a step stands."""
+        source = of_source(tensor)
+        starts = self._source_starts if source else self.starts
+        i = max((i for i, start in starts.items() if start <= row), key=starts.__getitem__)
+        position = row - starts[i]
+        return Spot(i, position, "encode" if source else self.phase(i, position))
 
     def phase(self, case: int, position: int) -> str:
         """How the position was run."""
@@ -143,7 +156,12 @@ class Recording:
             if cases[at].tapped:
                 self._add_cache(backend, slot, chosen[at])
 
-        for fed in feed(backend, cases, finished):
+        def encoded(at: int) -> None:
+            if cases[at].tapped:
+                for name, values in getattr(backend, "tapped", {}).items():
+                    self._step(name).write(self._source_starts[chosen[at]], values.reshape(-1, values.shape[-1]))
+
+        for fed in feed(backend, cases, finished, encoded):
             for at, position, row in zip(fed.cases, fed.positions, fed.logits, strict=True):
                 self.logits[chosen[at]].write(position, row[None])
             numbers = [chosen[at] for at in fed.cases]
@@ -175,13 +193,17 @@ class Recording:
     def _add_cache(self, backend: Any, slot: int, i: int) -> None:
         for name in backend.cache_names:
             layer, kind = name.split(".")
-            rows = backend.cached(name, slot, len(self.cases[i].ids)).transpose(1, 0, 2)  # [n, Hkv, Dh]
-            step = self._step(f"layers.{layer}.{_KINDS[kind]}")
-            step.write(self.starts[i], rows.reshape(len(rows), -1))
+            rows = {_KINDS[kind]: (self.starts, backend.cached(name, slot, len(self.cases[i].ids)))}
+            if self.cases[i].source is not None:
+                rows[f"cross_{_KINDS[kind]}"] = (self._source_starts, backend.encoded(name, slot))
+            for tensor, (starts, heads) in rows.items():  # [Hkv, n, Dh]
+                flat = heads.transpose(1, 0, 2).reshape(heads.shape[1], -1)
+                self._step(tap_name(int(layer), tensor)).write(starts[i], flat)
 
     def _step(self, name: str) -> Rows:
         if name not in self._steps:
-            self._steps[name] = Rows(self._folder / name, self.total)
+            count = self._source_total if of_source(tap_place(name)[1]) else self._total
+            self._steps[name] = Rows(self._folder / name, count)
         return self._steps[name]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from gatework.export.layerwise import Compared
+    from gatework.export.steps.compared import Compared
 
 _MARGIN = 8.0  # two logits, each off by up to four times the expected error
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gatework.runtime.verify.record import Recording
+from gatework.runtime.verify.markup import stage_name
+from gatework.runtime.verify.record import Recording, Spot
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gatework.export.layerwise import Compared
+    from gatework.export.steps.compared import Compared
 
 # Of all rows together: a sum of many thousand small errors lies within a few per cent of what is expected. Half as much again
 # leaves room for what the model leaves out: errors that rows share, and exact powers of two.
@@ -56,7 +57,7 @@ class Stage:
     note: str
 
     def __str__(self) -> str:
-        return self.tensor if self.layer is None else f"layer {self.layer} {self.tensor}"
+        return stage_name(self.layer, self.tensor)
 
     @property
     def share(self) -> float:
@@ -104,9 +105,10 @@ def judge(step: Compared, recording: Recording) -> Stage:
     at = worst
     note = ""
     if failed:
+        spots = [recording.spot(step.tensor, int(row)) for row in rows]
         if beyond.any():
-            at = min(np.flatnonzero(beyond).tolist(), key=lambda i: recording.place(int(rows[i]))[::-1])
-        note = _kind(got, want, gain, beyond, [recording.place(int(row)) for row in rows], recording)
+            at = min(np.flatnonzero(beyond).tolist(), key=lambda i: (spots[i].position, spots[i].case))
+        note = _kind(got, want, gain, beyond, spots)
     return Stage(
         step.layer, step.tensor, local, mean, accumulated, observed, bound, len(rows), not failed, int(rows[at]), note
     )
@@ -123,21 +125,14 @@ def difference(layer: int | None, tensor: str, one: tuple[Tensor, Tensor], other
     return Stage(layer, tensor, nan, nan, error, error, float("inf"), len(rows), True, 0, "")
 
 
-def _kind(
-    got: np.ndarray,
-    want: np.ndarray,
-    gain: float,
-    beyond: np.ndarray,
-    places: list[tuple[int, int]],
-    recording: Recording,
-) -> str:
+def _kind(got: np.ndarray, want: np.ndarray, gain: float, beyond: np.ndarray, spots: list[Spot]) -> str:
     """What the fault looks like."""
     bad = np.flatnonzero(beyond)
     if not np.isfinite(got).all():
         return "not finite"
     notes = []
     error = _size(got - want)
-    earlier = [i for i in range(1, len(places)) if places[i][0] == places[i - 1][0]]
+    earlier = [i for i in range(1, len(spots)) if spots[i].case == spots[i - 1].case]
     if error > 0 and _size(got - gain * want) < 0.3 * error:
         notes.append(f"scaled by {gain:.4g}")
     elif earlier and _size(got[earlier] - want[[i - 1 for i in earlier]]) < 0.3 * _size(got[earlier] - want[earlier]):
@@ -146,14 +141,14 @@ def _kind(
         notes.append("the same values in another order")
     if not len(bad):
         notes.append("no single row is beyond its bound, all together are")
-    elif len(bad) < len(places):
-        notes.append(f"{len(bad)} of {len(places)} rows")
-        phases = {recording.phase(*places[i]) for i in bad}
-        others = {recording.phase(*places[i]) for i in range(len(places)) if not beyond[i]}
-        first = min(places[i][1] for i in bad)
+    elif len(bad) < len(spots):
+        notes.append(f"{len(bad)} of {len(spots)} rows")
+        phases = {spots[i].phase for i in bad}
+        others = {spot.phase for spot, off in zip(spots, beyond, strict=True) if not off}
+        first = min(spots[i].position for i in bad)
         if len(phases) == 1 and phases != others:
             notes.append(f"in {phases.pop()} alone")
-        if first and all(beyond[i] for i in range(len(places)) if places[i][1] >= first):
+        if first and all(off for spot, off in zip(spots, beyond, strict=True) if spot.position >= first):
             notes.append(f"all from position {first} on")
     return ", ".join(notes)
 

@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gatework.export.build import build_engine
-from gatework.plugins.engine_format import MANIFEST, file_table
+from gatework.plugins.engine_format import ENCODER, MANIFEST, file_table
 from gatework.runtime.backends import ort
 from gatework.runtime.verify import VerifyReport, verify
 from tests.checkpoints import make_checkpoint
+from tests.switch import make_switch
 
 LAYERS = 3
 SIZES: dict[str, dict[str, Any]] = {"dbrx": {"qkv_clip": 1}}  # so that it bites
@@ -108,7 +109,7 @@ def without_renormalising(config: dict[str, Any], tensors: dict[str, Tensor]) ->
     config["ffn_config"]["moe_normalize_expert_weights"] = None
 
 
-# ---- in the graph: (nodes that make the named values)
+# ---- in the graph: (nodes that make the named values, and named tensors)
 
 
 def attribute(value: str, **attributes: Any) -> Callable[..., object]:
@@ -121,6 +122,34 @@ def attribute(value: str, **attributes: Any) -> Callable[..., object]:
         node.attribute.extend(kept + [onnx.helper.make_attribute(name, new) for name, new in attributes.items()])
 
     return plant
+
+
+def attention_scale(value: str, scale: float) -> Callable[..., object]:
+    """Set that of the Attention node from which the value comes."""
+    return lambda made: attribute(behind(made, value, "Attention").output[0], scale=scale)(made)
+
+
+def reads_weight(value: str, other: str) -> Callable[..., object]:
+    """The product from which the value comes takes another weight."""
+
+    def plant(made: dict[str, onnx.NodeProto]) -> None:
+        behind(made, value, "FusedMatMul").input[1] = other
+
+    return plant
+
+
+def behind(made: dict[str, onnx.NodeProto], value: str, op_type: str) -> onnx.NodeProto:
+    """The node of that type from which the value comes, through others that do not change it."""
+    node = made[value]
+    while node.op_type != op_type:
+        assert node.op_type in ("Transpose", "Reshape")
+        node = made[node.input[0]]
+    return node
+
+
+def one_sided(made: dict[str, Any]) -> None:
+    """The encoder takes the decoder's buckets, which are for keys before the query."""
+    made["encoder.relative_bias.buckets"].raw_data = made["relative_bias.buckets"].raw_data
 
 
 def reads(value: str, at: int, other: str) -> Callable[..., object]:
@@ -208,6 +237,37 @@ def always_at_the_start(run: Callable[..., np.ndarray]) -> Callable[..., np.ndar
     return start
 
 
+def other_slots_source(run: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """The decoder reads what the encoder made for the other one of two slots."""
+
+    def other(self: ort.OrtBackend, step: Any, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        exchange_sources(self)
+        logits = run(self, step, ids, starts)
+        exchange_sources(self)
+        return logits
+
+    return other
+
+
+def exchange_sources(backend: ort.OrtBackend) -> None:
+    assert backend._source is not None
+    for kept in backend._source._values.values():
+        kept[:] = kept[::-1].copy()
+
+
+def source_too_long(run: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """The decoder sees one place more than the encoder filled."""
+
+    def longer(self: ort.OrtBackend, step: Any, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        assert self._source is not None
+        self._source._lengths += 1
+        logits = run(self, step, ids, starts)
+        self._source._lengths -= 1
+        return logits
+
+    return longer
+
+
 def keys(backend: ort.OrtBackend, name: str, slot: int) -> np.ndarray:
     layout = backend._cache.layout
     block = (ctypes.c_uint8 * layout.slot_bytes).from_address(backend._cache.address(name, slot))
@@ -215,6 +275,7 @@ def keys(backend: ort.OrtBackend, name: str, slot: int) -> np.ndarray:
 
 
 Q, K, V, O = (f"self_attn.{name}_proj" for name in "qkvo")
+BIAS, CROSS = "SelfAttention.relative_attention_bias", "decoder.block.1.layer.1.EncDecAttention"
 FAULTS: dict[str, Fault] = {
     # checkpoint
     "embedding rows off by one": Fault("llama2", "checkpoint", on_tensors("embed_tokens", lambda w: w.roll(1, 0)), None, "embedding"),
@@ -263,6 +324,14 @@ FAULTS: dict[str, Fault] = {
     "bias after attention left out": Fault("gpt-oss", "checkpoint", on_tensors("layers.2.self_attn.o_proj.bias", torch.zeros_like), 2, "attention"),
     "YaRN without its factor": Fault("gpt-oss", "checkpoint", lambda config, _: config["rope_parameters"].update(attention_factor=1.0), 0, "key", "scaled by"),
     "YaRN from whole pairs": Fault("gpt-oss", "checkpoint", lambda config, _: config["rope_parameters"].update(truncate=True), 0, "key", "all from position 1 on"),
+    "encoder's buckets of keys before and after exchanged": Fault("switch", "checkpoint", on_tensors(f"encoder.block.0.layer.0.{BIAS}", lambda w: torch.cat(w.chunk(2)[::-1])), 0, "encoder.context"),
+    "decoder's buckets off by one": Fault("switch", "checkpoint", on_tensors(f"decoder.block.0.layer.0.{BIAS}", lambda w: w.roll(1, 0)), 0, "context"),
+    "encoder's router rows rotated": Fault("switch", "checkpoint", on_tensors("encoder.block.1.layer.1.mlp.router", lambda w: w.roll(1, 0)), 1, "encoder.router", "another order"),
+    "capacity one larger": Fault("switch", "checkpoint", in_config(expert_capacity=4), 1, "encoder.output"),
+    "encoder's last norm left out": Fault("switch", "checkpoint", on_tensors("encoder.final_layer_norm", torch.ones_like), None, "encoder.norm", "", "int8"),
+    "cross keys and values exchanged": Fault("switch", "checkpoint", swapped(f"{CROSS}.k", f"{CROSS}.v"), 1, "cross_key", "", "int4"),
+    "cross query heads exchanged": Fault("switch", "checkpoint", on_tensors(f"{CROSS}.q", lambda w: torch.cat(w.chunk(2)[::-1])), 1, "cross_context"),
+    "norm before cross attention left out": Fault("switch", "checkpoint", on_tensors("decoder.block.0.layer.1.layer_norm", torch.ones_like), 0, "cross_context", "", "int8"),
     # graph
     "MLP behind attention": Fault("phi", "graph", reads("layers.1.output", 0, "layers.1.attention"), 1, "output"),
     "attention scale": Fault("llama2", "graph", attribute("layers.1.context", scale=0.26), 1, "context"),
@@ -276,6 +345,12 @@ FAULTS: dict[str, Fault] = {
     "another slope of SiLU": Fault("mixtral", "graph", attribute("layers.2.experts", activation_alpha=1.1), 2, "experts"),
     "router scaled by 1 %": Fault("mixtral", "weights", on_codes("layers.1.moe.router.weight", lambda w: w * 1.01), 1, "router", "scaled by 1.01", "int8"),
     "norm epsilon in int8": Fault("mixtral", "graph", attribute("layers.0.residual", epsilon=1e-2), 0, "router", "", "int8"),
+    "encoder's attention divided by the root of the width": Fault("switch", "graph", attention_scale("encoder.layers.0.context", 0.25), 0, "encoder.context"),
+    "cross attention divided by the root of the width": Fault("switch", "graph", attention_scale("layers.1.cross_context", 0.25), 1, "cross_context", "", "int4"),
+    "encoder's buckets one-sided": Fault("switch", "graph", one_sided, 0, "encoder.context"),
+    "cross values of another layer": Fault("switch", "graph", reads_weight("cross.1.v", "layers.0.cross.v.weight"), 1, "cross_value"),
+    "weight of the one expert normalised": Fault("switch", "graph", attribute("layers.1.experts", renormalize=1), 1, "experts", "", "int8"),
+    "encoder's residual is the branch": Fault("switch", "graph", reads("encoder.layers.1.residual", 0, "encoder.layers.1.attention"), 1, "encoder.residual"),
     # weights
     "int4 nibbles exchanged": Fault("llama2", "weights", on_codes("layers.1.attn.o.weight.codes", other_nibble), 1, "attention", "", "int4"),
     "int4 zero point": Fault("mixtral", "weights", on_codes("layers.2.moe.w_out.codes", zero_point_late), 2, "experts", "", "int4"),
@@ -284,12 +359,15 @@ FAULTS: dict[str, Fault] = {
     "codes of the next expert": Fault("mixtral", "weights", on_codes("layers.0.moe.w_out.codes", lambda c: c.roll(1, 0)), 0, "experts", "", "int8"),
     "a scale that is no number": Fault("mixtral", "weights", on_codes("layers.1.attn.qkv.weight.scales", with_nan), 1, "context", "not finite", "int8"),
     "embedding scales of the next row": Fault("mixtral", "weights", on_codes("embed.weight.scales", lambda s: s.roll(1, 0)), None, "embedding", "", "int8"),
+    "encoder's int4 zero point": Fault("switch", "weights", on_codes("encoder.layers.1.moe.w_out.codes", zero_point_late), 1, "encoder.experts", "", "int4"),
     "rotary table of another base": Fault("llama2", "weights", on_codes("rope_sin", lambda t: t * 0.99), 0, "key"),
     # run
     "keys one slot late": Fault("mixtral", "run", one_slot_late, 0, "key"),
     "stale cache": Fault("mixtral", "run", position_stale, 0, "key"),
     "chunks without the past": Fault("mixtral", "run", chunks_alone, 0, "key"),
     "chunks at the start": Fault("mixtral", "run", always_at_the_start, 0, "key"),
+    "keys and values of another slot's source": Fault("switch", "run", other_slots_source, 0, "cross_context"),
+    "source one token too long": Fault("switch", "run", source_too_long, 0, "cross_context", "", "int8"),
 }  # fmt: skip
 
 
@@ -300,7 +378,10 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tupl
     @functools.cache
     def make(model: str, precision: str) -> tuple[Path, Path]:
         folder = tmp_path_factory.mktemp(model)
-        path = make_checkpoint(folder, model, num_layers=LAYERS, **SIZES.get(model, {}))
+        if model == "switch":
+            path = make_switch(folder)
+        else:
+            path = make_checkpoint(folder, model, num_layers=LAYERS, **SIZES.get(model, {}))
         settings = PRECISIONS.get(precision, {})
         return path, build_engine(
             path, folder / "engine", precision=precision, prefill_chunk=8, max_batch=2, **settings
@@ -323,9 +404,12 @@ def with_fault(fault: Fault, checkpoint: Path, engine: Path, out: Path) -> tuple
         return out, engine
     shutil.copytree(engine, out)
     if fault.place == "graph":
-        model = onnx.load(out / "model.onnx", load_external_data=False)
-        fault.plant({value: node for node in model.graph.node for value in node.output if value})
-        onnx.save(model, out / "model.onnx")
+        paths = [path for name in ("model.onnx", ENCODER) if (path := out / name).is_file()]
+        models = [onnx.load(path, load_external_data=False) for path in paths]
+        made = {value: node for model in models for node in model.graph.node for value in node.output if value}
+        fault.plant(made | {tensor.name: tensor for model in models for tensor in model.graph.initializer})
+        for path, model in zip(paths, models, strict=True):
+            onnx.save(model, path)
     else:
         changed = [_overwrite(path, fault.plant) for path in out.glob("*.safetensors")]
         assert any(changed), "no such tensor"

@@ -155,11 +155,11 @@ def test_a_stopped_run_goes_on(sound: tuple[Path, Path], tmp_path: Path, monkeyp
     want = verify(engine, path, tokens=4)
     layer, seen = LayerwiseReference._layer, []
 
-    def stopping(self: LayerwiseReference, i: int, *others: Any) -> Any:
+    def stopping(self: LayerwiseReference, stack: Any, i: int) -> Any:
         seen.append(i)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return layer(self, i, *others)
+        return layer(self, stack, i)
 
     monkeypatch.setattr(LayerwiseReference, "_layer", stopping)
     with pytest.raises(KeyboardInterrupt):
