@@ -16,12 +16,15 @@ from torch.nn import functional as F
 
 from gatework.export.build import build_engine, export_onnx
 from gatework.export.layerwise import LayerwiseReference
+from gatework.export.steps.compared import CONTEXT_DRAWS, Compared
 from gatework.plugins.errors import GateworkError
 from gatework.runtime.cli import main
 from gatework.runtime.verify import DEFAULT_BOUNDS, Bounds, Check, VerifyReport, compare_engines, verify
 from gatework.runtime.verify.compare import Comparison, Place, kl_divergence, relative_error, top_overlap
 from gatework.runtime.verify.feed import Case, feed
 from gatework.runtime.verify.perplexity import negative_log_likelihood, perplexity, windows
+from gatework.runtime.verify.record import Recording
+from gatework.runtime.verify.stages import judge
 from tests.checkpoints import EXPERTS_LAST, make_checkpoint, reference_model
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-mixtral"
@@ -47,6 +50,22 @@ def test_fp32_engines_pass(tmp_path: Path, model: str) -> None:
     assert named(report, "decode: max relative error").compared >= 3 * 63 + 4 * 160
     assert named(report, "prefill: max relative error").compared >= 5 + 4 * 160 // 16
     assert "not_covered" not in report.facts
+
+
+def test_a_row_may_be_off_by_one_number(tmp_path: Path) -> None:
+    """What attention reads, where a query is torn between two keys: 200,000 sound rows pass, and one far beyond fails."""
+    rng = np.random.default_rng(0)
+    rows, width = 200_000, 16
+    along, want = (torch.from_numpy(rng.standard_normal((rows, width), np.float32)) for _ in range(2))
+    along /= along.norm(dim=1, keepdim=True)
+    draws = torch.from_numpy(rng.standard_normal((CONTEXT_DRAWS + 1, rows), np.float32)) * 0.01
+    noise, bias = draws[1:].square().mean(0).sqrt(), draws[1:].square().mean(0).sqrt()
+    got = want + draws[0][:, None] * along
+    recording = Recording(tmp_path, [Case("one", list(range(rows)), 0, 1, rows, tapped=True)])
+    step = Compared(0, "context", torch.arange(rows), got, want, noise, bias, want)
+    assert judge(step, recording).passed
+    got[7] += 0.3 * along[7]
+    assert not judge(step, recording).passed
 
 
 @pytest.fixture(scope="module")
