@@ -88,7 +88,8 @@ def round_matrix(w: Tensor, moments: Tensor, grid: Grid) -> Tensor:
     """Round w [N, K], whose inputs have the second moments [K, K], to the grid: [N, K] float32."""
     w, K = w.float(), w.shape[1]
     mean = float(moments.diagonal().mean())
-    H = moments + torch.eye(K) * (DAMPING * mean if mean > 0 else 1.0)  # without any input: to the nearest
+    H = moments.clone()
+    H.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)  # without any input: to the nearest
     order = H.diagonal().argsort(descending=True, stable=True)
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order])), upper=True)
     costs = torch.empty(K)
