@@ -113,7 +113,7 @@ class RoundedExperts(nn.Module):
         for e, (w_in, w_out) in enumerate(zip(self.w_in, self.w_out, strict=True)):
             rows, choice = (indices == e).nonzero(as_tuple=True)
             gate, up = F.linear(tokens[rows], w_in).chunk(2, dim=-1)
-            h = self.round_tokens(F.silu(gate) * up, HIDDEN_CODES.get(self.kind, 1))
+            h = self.round_tokens(F.silu(gate) * up, HIDDEN_CODES.get(WEIGHT_FORMATS[self.kind], 1))
             y.index_add_(0, rows, weights[rows, choice, None] * F.linear(h, w_out))
         return y.view_as(x)
 
