@@ -5,8 +5,10 @@
 
 bf16 is the reference decoder in bfloat16. The others compute in float32 with exactly the weights, scales and rounded
 activations of a TensorRT engine; what an engine rounds to bfloat16 in between is not rounded. Experts of fp8 and int8 round
-their activations too, with a scale per token: fp8 always, int8 in steps of many tokens only. The rows "experts as they are" do
-without; int4 rounds no activation anywhere.
+their activations too, with a scale per token, in steps of many tokens: x to one code, and what the second matrix reads to one
+in int8 and to two in fp8, the second of what the first left. In steps of up to 16 tokens they do without, as do the rows
+"few tokens"; int4 rounds no activation anywhere. "weights as they are" rounds activations alone. "by text" are weights
+that `gatework build --calibration-text` rounded with knowledge of the calibration text, all of it.
 
 First the simulation, without the rounding in experts, is compared with the graph that TensorRT gets, run by ONNX Runtime.
 Perplexity is that of `gatework verify`. Ends with one JSON line.
@@ -42,12 +44,15 @@ from gatework.export.lower.experts import encode_expert, with_format
 from gatework.export.lower.products import HEAD, LARGEST
 from gatework.export.materialize import GRAPH, write_model
 from gatework.export.onnx_export import add_function_body, trace
+from gatework.export.options import BuildOptions
 from gatework.export.quantize import dequantize_rows, quantize_fp8, quantize_int8_rows, quantize_rows
 from gatework.export.reference import Reference, load_decoder
+from gatework.export.rounded import RoundedCheckpoint
 from gatework.export.smoothing import balance_columns, balance_norm, balanced_products
 from gatework.export.tensorrt.scales import StaticScales
 from gatework.plugins.moe import reference, torch_op
 from gatework.plugins.moe.spec import MoEAttributes
+from gatework.plugins.moe.workspace import HIDDEN_CODES
 from gatework.runtime.tokenizer import load_tokenizer
 from gatework.runtime.verify.compare import Comparison, Place
 from gatework.runtime.verify.perplexity import WINDOW, negative_log_likelihood, perplexity, windows
@@ -57,7 +62,10 @@ ALPHA = 0.5  # SmoothQuant's
 GROUP = GPU_GROUPS["int4"]
 SIMULATED = ("fp8", "int8", "int8 smoothed", "int4")
 AGREE = 1e-4  # mean KL of simulation and graph: codes that float32 puts on either side of a rounding boundary make 1e-6
-ROWS = ("bf16", "fp8", "fp8, experts as they are", "int8", "int8, experts as they are", "int8 smoothed", "int4")
+ROWS = (
+    *("bf16", "fp8", "fp8, few tokens", "fp8, weights as they are", "fp8 by text", "fp8 by text, few tokens"),
+    *("int8", "int8, few tokens", "int8 smoothed", "int4", "int4 by text"),
+)
 Logits = Callable[[list[int]], np.ndarray]  # [S] -> [S, V]
 
 
@@ -86,15 +94,16 @@ class RoundedProducts(TorchFunctionMode):
 
 
 class RoundedExperts(nn.Module):
-    """Stands for the decoder's MoE: weights as `kind` stores them, and activations rounded per token or not at all."""
+    """Stands for the decoder's MoE: weights as `kind` stores them, or as they are, and activations rounded per token or not."""
 
-    def __init__(self, moe: MoE, kind: str, round_activations: bool) -> None:
+    def __init__(self, moe: MoE, kind: str, round_activations: bool, round_weights: bool) -> None:
         super().__init__()
         self.kind, self.round_activations = kind, round_activations
         self.attributes, self.router = moe.attributes, moe.router
         stored = with_format(moe.attributes, WEIGHT_FORMATS[kind], GROUP)  # type: ignore[index]
         self.w_in, self.w_out = (
-            torch.stack([expert_weight(part, stored) for part in weight]) for weight in (moe.w_in, moe.w_out)
+            torch.stack([expert_weight(part, stored) if round_weights else part for part in weight])
+            for weight in (moe.w_in, moe.w_out)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,16 +113,18 @@ class RoundedExperts(nn.Module):
         for e, (w_in, w_out) in enumerate(zip(self.w_in, self.w_out, strict=True)):
             rows, choice = (indices == e).nonzero(as_tuple=True)
             gate, up = F.linear(tokens[rows], w_in).chunk(2, dim=-1)
-            h = self.round_tokens(F.silu(gate) * up)
+            h = self.round_tokens(F.silu(gate) * up, HIDDEN_CODES.get(WEIGHT_FORMATS[self.kind], 1))
             y.index_add_(0, rows, weights[rows, choice, None] * F.linear(h, w_out))
         return y.view_as(x)
 
-    def round_tokens(self, x: Tensor) -> Tensor:
-        """[tokens, D], each with the scale of its own range."""
+    def round_tokens(self, x: Tensor, codes: int = 1) -> Tensor:
+        """[tokens, D], each with the scale of its own range, as sums of so many codes."""
         if not self.round_activations:
             return x
         absmax = x.abs().amax(-1, keepdim=True)
-        return rounded(x, torch.where(absmax == 0, 1.0, absmax) / LARGEST[self.kind], self.kind)
+        scale = torch.where(absmax == 0, 1.0, absmax) / LARGEST[self.kind]
+        first = rounded(x, scale, self.kind)
+        return first if codes == 1 else first + rounded(x - first, scale, self.kind)
 
 
 def expert_weight(part: Tensor, stored: MoEAttributes) -> Tensor:
@@ -136,11 +147,21 @@ def product_weight(name: str, w: Tensor, kind: str, dtype: torch.dtype, *, exper
 
 
 def simulate(
-    checkpoint: Checkpoint, row: str, calibration: Calibration, dtype: torch.dtype, *, round_experts: bool
+    checkpoint: Checkpoint,
+    row: str,
+    calibration: Calibration,
+    dtype: torch.dtype,
+    *,
+    round_experts: bool,
+    rounded_by_text: RoundedCheckpoint | None = None,
 ) -> Logits:
     """The reference decoder with rounded weights and activations; dtype: of norms, embedding table and dense scales."""
     kind, config = row.split()[0].rstrip(","), checkpoint.config
     decoder = load_decoder(checkpoint, WINDOW, all_logits=True)
+    if rounded_by_text is not None:
+        for name in rounded_by_text.rounder.grids:
+            weight = decoder.get_parameter(name)
+            weight.copy_(torch.stack([*rounded_by_text.parts(name)]).view_as(weight))
     mode, scales = RoundedProducts(), StaticScales(checkpoint, calibration)
     columns = {}
     for norm, names in balanced_products(config).items():
@@ -158,7 +179,8 @@ def simulate(
         )
     for layer in decoder.layers:
         if config.moe is not None:
-            layer.add_module("moe", RoundedExperts(layer.get_submodule("moe"), kind, round_experts))  # type: ignore[arg-type]
+            moe: Any = layer.get_submodule("moe")
+            layer.add_module("moe", RoundedExperts(moe, kind, round_experts, "weights as they are" not in row))
     for name, parameter in decoder.named_parameters():
         if parameter.dim() == 1 or name == "embed.weight":
             parameter.copy_(parameter.to(dtype))
@@ -260,7 +282,8 @@ def main() -> None:
     args = parser.parse_args()
 
     checkpoint = Checkpoint.open(args.checkpoint)
-    calibration_ids = encode(checkpoint, args.calibration_text)[:CALIBRATION_TOKENS]
+    text_ids = encode(checkpoint, args.calibration_text)
+    calibration_ids = text_ids[:CALIBRATION_TOKENS]
     plain, smoothed = (calibrate(checkpoint, calibration_ids, smooth=alpha) for alpha in (None, ALPHA))
     calibrations = {row: smoothed if "smoothed" in row else plain for row in ROWS}
     parts = windows(encode(checkpoint, args.text))[: args.windows]
@@ -276,8 +299,12 @@ def main() -> None:
         if row == "bf16":
             got = run(load_decoder(checkpoint, WINDOW, dtype=torch.bfloat16, all_logits=True))
         else:
-            bare = "experts as they are" in row or row == "int4"
-            got = simulate(checkpoint, row, calibrations[row], torch.bfloat16, round_experts=not bare)
+            bare, by_text = "few tokens" in row or row.startswith("int4"), None
+            if "by text" in row:
+                options = BuildOptions(target="h100", precision=row.split()[0])
+                by_text = RoundedCheckpoint.of(checkpoint, options, text_ids)
+            scales = {"round_experts": not bare, "rounded_by_text": by_text}
+            got = simulate(checkpoint, row, calibrations[row], torch.bfloat16, **scales)  # type: ignore[arg-type]
         found = results[row] = measure(want, got, parts, row).result(base)
         print(f"{row:28}{found['perplexity']:10.4f}{found['change']:9.2%}{found['mean_kl']:10.2g}{found['top1']:8.2%}")
     facts = {"checkpoint": args.checkpoint.name, "scored": sum(len(ids) - 1 for ids in parts), "check_mean_kl": checked}

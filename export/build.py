@@ -25,6 +25,7 @@ from gatework.export.materialize import DENSE, EXPERTS, GRAPH, write_model
 from gatework.export.onnx_export import add_function_body, trace, trace_encoder
 from gatework.export.options import BuildOptions
 from gatework.export.references import References, refer
+from gatework.export.rounded import RoundedCheckpoint
 from gatework.export.sharing import plain_files, share
 from gatework.export.stages import cut, divide
 from gatework.export.staging import check_free, new_directory, new_files
@@ -32,7 +33,7 @@ from gatework.export.tensorrt.compile import compile_tensorrt
 from gatework.export.tensorrt.preflight import Preflight, preflight
 from gatework.export.tensorrt.scales import load_scales
 from gatework.export.tensorrt.toolchain import choose_compiler
-from gatework.export.tokenizer_files import open_tokenizer, tokenizer_files
+from gatework.export.tokenizer_files import encode_text, open_tokenizer, read_text, tokenizer_files
 from gatework.export.uptodate import build_inputs, tool_versions
 from gatework.export.weight_facts import weight_facts
 from gatework.plugins import engine_format
@@ -66,7 +67,7 @@ def build_engine(
     check_free(Path(out), force)
     compiler = None if options.device.capability is None else choose_compiler(options.device, options.toolchain)
     checkpoint = Checkpoint.open(source, drop_tokens=options.drop_tokens)
-    open_tokenizer(checkpoint.path)
+    tokenizer = open_tokenizer(checkpoint.path)
     inputs = build_inputs(checkpoint.path, options)
     tools = tool_versions(options, experts=checkpoint.config.moe is not None)
     options = options.fitted_to(checkpoint.config)
@@ -75,6 +76,9 @@ def build_engine(
         plan = preflight(checkpoint.config, options, compiler)
         if report is not None:
             report(plan)
+    if options.calibration_text is not None:
+        token_ids = encode_text(checkpoint.path, tokenizer, read_text(options.calibration_text))
+        checkpoint = RoundedCheckpoint.of(checkpoint, options, token_ids, progress=progress)
     with new_directory(Path(out), force) as directory:
         if compiler is None:
             names, facts = _write_graph(checkpoint, directory, options, progress)

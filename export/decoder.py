@@ -210,13 +210,17 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)  # [T, D]
-        shift = None if self.router.bias is None else self.router.bias.float()
-        logits = F.linear(tokens.float(), self.router.weight.float(), shift)  # [T, E]
+        logits = self.scores(tokens)
         weights = (self.w_in, self.w_out, self.attributes)
         y = torch_op.moe(tokens, logits, *weights, b_in=self.b_in, b_out=self.b_out).view_as(x)
         if self.sequence_capacity:
             y = y * served(logits.unflatten(0, x.shape[:2]), self.sequence_capacity).to(y.dtype)
         return y if self.shared is None else y + self.shared(x)
+
+    def scores(self, tokens: Tensor) -> Tensor:
+        """The router's logits [T, E] float32 of tokens [T, D]."""
+        shift = None if self.router.bias is None else self.router.bias.float()
+        return F.linear(tokens.float(), self.router.weight.float(), shift)
 
 
 def served(logits: Tensor, capacity: int) -> Tensor:

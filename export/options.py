@@ -10,6 +10,7 @@ from gatework.export.targets import Target, target_for
 from gatework.plugins.errors import GateworkError
 
 TAPPED = ("bf16", "fp16", "int4")  # precisions of plans whose rounding verification has a model of
+TEXT_ROUNDED = ("int4", "fp8")
 MAX_TABLE_BYTES = 1 << 30  # of the rotary tables in a graph, [S_max, R/2] twice, float32
 
 
@@ -22,6 +23,7 @@ class BuildOptions:
     group_size: weights that share a scale, at most, a power of two from 16 to 256 (32 to 128 for cuda); a matrix whose rows it
     does not divide takes the largest size that does. None: for int8 128 and for int4 32 on cpu and cuda; 128 for
     int4 of TensorRT, whose int8 has one scale per row; less where a checkpoint's own 8-bit codes can be kept by that.
+    calibration_text: UTF-8 file; int4 weights, and experts in fp8, are rounded with knowledge of what it makes of their inputs.
     stages: parts that the model is cut into at layer boundaries, one graph each; for ONNX Runtime's targets only.
     drop_tokens: experts drop what is beyond their capacity, as the model's own code does; see ModelConfig.
 
@@ -36,6 +38,7 @@ class BuildOptions:
     max_batch: int = 8
     prefill_chunk: int = 512
     group_size: int | None = None
+    calibration_text: Path | None = None
     stages: int = 1
     drop_tokens: bool = False
     toolchain: str | None = None
@@ -60,6 +63,12 @@ class BuildOptions:
         if self.taps and target.capability is not None and self.precision not in TAPPED:
             what, fix = "a plan with static scales shows nothing inside", "verify its logits, without taps"
             raise GateworkError(what, got=self.precision, expected=" or ".join(TAPPED), fix=fix)
+        if self.calibration_text is not None and self.precision not in TEXT_ROUNDED:
+            what, expected = "a text helps no weights of this precision", " or ".join(TEXT_ROUNDED)
+            raise GateworkError(what, got=self.precision, expected=expected, fix="leave --calibration-text out")
+        if self.calibration_text is not None and self.strip_weights:
+            fix = "leave one of them out"
+            raise GateworkError("refitting rounds without a text", got="a text and strip_weights", fix=fix)
         for name in ("max_batch", "prefill_chunk", "stages"):
             if getattr(self, name) < 1:
                 raise GateworkError(f"{name} is not positive", got=getattr(self, name), expected="at least 1")
@@ -100,6 +109,11 @@ class BuildOptions:
         """
         if config.encoder_layers:
             self._check_encoder()
+        if self.calibration_text is not None and (
+            config.encoder_layers or (self.precision == "fp8" and config.moe is None)
+        ):
+            got = "a model with an encoder" if config.encoder_layers else "fp8 without experts"
+            raise GateworkError("this model's weights are rounded without a text", got=got, fix="leave it out")
         if self.stages > config.num_layers:
             expected = f"at most {config.num_layers}, the model's layers"
             raise GateworkError("there are more stages than layers", got=self.stages, expected=expected)

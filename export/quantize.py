@@ -5,6 +5,9 @@ with zero_point = 2^(bits - 1); one scale for `group` consecutive weights of a r
 bytes; with 4 bits the even column sits in the low nibble. The others have signed codes and no zero point.
 
 A scale that is stored in a narrower type is rounded to it before the codes are chosen, so that its rounding costs nothing.
+
+Weights that are codes times scales already, with 4 bits or in fp8, as `gptq` leaves them, keep their values: the scale is then
+the largest weight over the code that it has.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from gatework.plugins.moe.cpu_ops import BLOCK_ROWS, STEP_BYTES
 # Fractions of the largest weight that may set the scale of a 4-bit group; the one with the least squared error wins.
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 FP8_LARGEST = 448.0  # of float8_e4m3fn
+# Codes that a group's largest weight may have. Lower ones of fp8 are twice, four times … as much on a smaller scale.
+_INT4_PEAKS = (-8, *(sign * code for code in range(7, 0, -1) for sign in (1, -1)))
+_FP8_PEAKS = (448, 416, 384, 352, 320, 288, 256, 240)
 _BLOCK = 1 << 18  # weights worked on at once, so that the passes over them stay in the CPU's cache
 
 
@@ -83,6 +89,28 @@ def quantize_fp8(w: Tensor, absmax: Tensor, scale_dtype: torch.dtype = torch.flo
     return (w.float() / scales.float()).clamp_(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn), scales
 
 
+def fp8_ranges(w: Tensor) -> Tensor:
+    """What the scales of rows w [N, K] are to hold, [N, 1]: the largest magnitude, or more where that keeps all values."""
+    w = w.float()
+    absmax = w.abs().amax(1, keepdim=True)
+    kept, where = _kept_fp8(w[:1], absmax[:1])
+    if where.all():  # the first row is: all rows may be
+        kept, where = _kept_fp8(w, absmax)
+        return torch.where(where, kept, absmax)
+    return absmax
+
+
+def _kept_fp8(w: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranges [N, 1] with which codes give rows w [N, K] exactly, and where there are any."""
+    kept, where = torch.zeros_like(absmax), torch.zeros_like(absmax, dtype=torch.bool)
+    for peak in _FP8_PEAKS:
+        ranges = absmax / peak * FP8_LARGEST
+        codes, scales = quantize_fp8(w, ranges)
+        exact = (codes.float().mul_(scales) == w).all(1, keepdim=True) & ~where
+        kept, where = torch.where(exact, ranges, kept), where | exact
+    return kept, where
+
+
 def one_for_zero(x: Tensor) -> Tensor:
     """TensorRT takes positive scales only; of zeros any will do."""
     return torch.where(x == 0, 1.0, x)
@@ -131,4 +159,17 @@ def _scales_int4(w: Tensor, positive: bool) -> Tensor:
         error = _rounded(w, scales, 4).mul_(scales[..., None]).sub_(w).square_().sum(-1)
         better = error < least
         best, least = torch.where(better, scales, best), torch.where(better, error, least)
+    if _kept(w[:1], peak[:1])[1].all():  # the first row is: all rows may be
+        kept, where = _kept(w, peak)
+        best = torch.where(where, kept, best)
     return best
+
+
+def _kept(w: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales of 4-bit codes that give w [N, groups, group] exactly, and where there are any; peak: its largest weights."""
+    kept, where = torch.zeros_like(peak), torch.zeros_like(peak, dtype=torch.bool)
+    for code in _INT4_PEAKS:
+        scales = peak / code
+        exact = (_rounded(w, scales, 4).mul_(scales[..., None]) == w).all(-1) & ~where
+        kept, where = torch.where(exact, scales, kept), where | exact
+    return kept, where

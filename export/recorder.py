@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from gatework.export.calibration import Range
+
+
+class Taker(Protocol):
+    """Takes the inputs [..., D] of a product."""
+
+    def add(self, x: Tensor) -> None: ...
 
 
 class Tracker:
@@ -45,18 +51,18 @@ class Tracker:
 
 
 class Recorder(TorchFunctionMode):
-    """While active, hands the input of every product `F.linear(x, weight)` with a watched weight to its tracker."""
+    """While active, hands the input of every product `F.linear(x, weight)` with a watched weight to its taker."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._watched: dict[int, tuple[nn.Parameter, Tracker]] = {}
+        self._watched: dict[int, tuple[nn.Parameter, Taker]] = {}
 
-    def watch(self, weight: nn.Parameter, tracker: Tracker) -> None:
+    def watch(self, weight: nn.Parameter, taker: Taker) -> None:
         """Record the input of products with this weight."""
-        self._watched[id(weight)] = (weight, tracker)
+        self._watched[id(weight)] = (weight, taker)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and id(args[1]) in self._watched:
-            _, tracker = self._watched[id(args[1])]
-            tracker.add(args[0])
+            _, taker = self._watched[id(args[1])]
+            taker.add(args[0])
         return func(*args, **(kwargs or {}))

@@ -43,3 +43,22 @@ def open_tokenizer(folder: Path) -> Tokenizer | None:
 
     tokenizer_files(folder)
     return load_tokenizer(folder)
+
+
+def encode_text(folder: Path, tokenizer: Tokenizer | None, text: str) -> list[int]:
+    """Token ids of a sample text for the checkpoint in `folder`, whose tokenizer this is."""
+    if tokenizer is None:
+        raise GateworkError(f"{folder} has no tokenizer", fix="put the model's tokenizer files beside its weights")
+    if not text:
+        raise GateworkError("the text is empty", fix="give some thousands of tokens")
+    return tokenizer.encode(text)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text; GateworkError where it cannot be read or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise GateworkError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise GateworkError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None

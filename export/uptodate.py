@@ -39,9 +39,8 @@ def build_inputs(source: Path, options: BuildOptions) -> dict[str, Any]:
     files = {path.relative_to(source).as_posix(): _stamp(path) for path in source.rglob("*") if path.is_file()}
     settings = asdict(options)
     del settings["timing_cache"]  # changes how long a build takes
-    calibration = settings.pop("calibration")
-    digest = engine_format.sha256(calibration) if calibration is not None and calibration.is_file() else None
-    return {"settings": settings, "calibration": digest, "files": files}
+    read = {name: _digest(settings.pop(name)) for name in ("calibration", "calibration_text")}
+    return {"settings": settings, **read, "files": files}
 
 
 def is_current(source: Path, out: Path, options: BuildOptions) -> bool:
@@ -58,6 +57,10 @@ def is_current(source: Path, out: Path, options: BuildOptions) -> bool:
         return same_files and same_tools and manifest.get("inputs") == build_inputs(source, options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # no engine, or one that cannot be read
+
+
+def _digest(path: Path | None) -> str | None:
+    return engine_format.sha256(path) if path is not None and path.is_file() else None
 
 
 def _stamp(path: Path) -> list[int]:

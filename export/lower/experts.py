@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gatework.export.packing import Keep, Pack, TensorSpec, add_packed, is_weight, pack_of, retype, set_pack
-from gatework.export.quantize import quantize_fp8, quantize_int8_rows, quantize_rows
+from gatework.export.quantize import fp8_ranges, quantize_fp8, quantize_int8_rows, quantize_rows
 from gatework.plugins.moe.spec import DOMAIN, INPUTS, MoEAttributes, WeightFormat
 from gatework.plugins.moe.tensorrt import NODE_ATTRIBUTES
 
@@ -85,7 +85,7 @@ def encode_expert(part: Tensor, attributes: MoEAttributes) -> tuple[Tensor, Tens
     """Stored form [rows, stored columns] and scales [rows, groups] of one expert's matrix [rows, columns]."""
     match attributes.weight_format:
         case "fp8_e4m3":
-            codes, scales = quantize_fp8(part, part.float().abs().amax(1, keepdim=True))
+            codes, scales = quantize_fp8(part, fp8_ranges(part))
             return codes, scales
         case "int8":
             codes, scales = quantize_int8_rows(part)

@@ -217,9 +217,14 @@ def expert(
     b_out: Tensor | None = None,
 ) -> Tensor:
     """One expert's output [rows, D] in x's dtype: x [rows, D], w_in [G*I, D], w_out [D, I], b_in [G*I], b_out [D]."""
+    return F.linear(hidden(x, w_in, attributes, b_in), w_out, b_out)
+
+
+def hidden(x: Tensor, w_in: Tensor, attributes: MoEAttributes, b_in: Tensor | None = None) -> Tensor:
+    """What an expert's second matrix reads, [rows, I] in x's dtype; arguments as of `expert`."""
     u = F.linear(x, w_in, b_in).float()
     h = _own_gates(u, attributes) if attributes.has_own_gates else gated(u, attributes.activation, attributes.glu)
-    return F.linear(h.to(x.dtype), w_out, b_out)
+    return h.to(x.dtype)
 
 
 def _own_gates(u: Tensor, attributes: MoEAttributes) -> Tensor:

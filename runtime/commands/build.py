@@ -26,6 +26,9 @@ _ABOUT = """
     on such a GPU. int8 and fp8 of these need --calibration. Engines with experts hold their GPU kernels, compiled by Triton
     on any machine (pip install 'gatework[triton]').
 
+    --calibration-text makes int4 engines, and experts in fp8, better and their build slower: GPTQ rounds each weight with
+    knowledge of the others and of their inputs. The text should be like what the model will see; some ten thousand tokens do.
+
     --stages N is for models that no single device holds: N graphs with their weights, each of some whole layers, which run in
     turn in one process, or each in a process of its own (gatework generate --stage-processes).
 """
@@ -33,6 +36,7 @@ _EXAMPLES = """
     gatework build examples/tiny-mixtral --precision int8 --out engines/tiny
     gatework build Mixtral-8x7B-v0.1 --precision int4 --max-seq 8192 --max-batch 4 --out engines/mixtral
     gatework build examples/tiny-mixtral --precision int4 --group-size 64 --out engines/tiny --force
+    gatework build Mixtral-8x7B-v0.1 --precision int4 --calibration-text sample.txt --out engines/mixtral
     gatework build examples/tiny-mixtral --target cuda --precision bf16 --out engines/tiny-cuda
     gatework build dbrx-base --target cuda --precision bf16 --stages 4 --out engines/dbrx
     gatework build examples/tiny-mixtral --target a100 --precision bf16 --out engines/tiny-a100
@@ -45,6 +49,7 @@ _SETTINGS: tuple[str, ...] = (
     "max_batch",
     "prefill_chunk",
     "group_size",
+    "calibration_text",
     "stages",
     "drop_tokens",
     "toolchain",
@@ -70,6 +75,12 @@ def add(commands: Commands) -> None:
         type=int,
         metavar="N",
         help="weights that share a scale (default: cpu and cuda 128 for int8, 32 for int4; else 128 for int4)",
+    )
+    parser.add_argument(
+        "--calibration-text",
+        type=Path,
+        metavar="FILE",
+        help="round int4 weights, and experts in fp8, for what this sample text (UTF-8) makes of their inputs",
     )
     parser.add_argument(
         "--stages", type=int, metavar="N", help="cut the model at layer boundaries into N parts (cpu, cuda; default: 1)"

@@ -87,14 +87,12 @@ def _check_out(out: Path, force: bool) -> None:
 
 
 def _encode(checkpoint: Path, text: str) -> list[int]:
-    from gatework.export.tokenizer_files import open_tokenizer
+    from gatework.export.tokenizer_files import encode_text, open_tokenizer
 
     tokenizer = open_tokenizer(checkpoint)
     if tokenizer is None:
         raise GateworkError(f"{checkpoint} has no tokenizer", fix="give token ids instead of text: --ids FILE")
-    if not text:
-        raise GateworkError("the text is empty", fix="give some thousands of tokens")
-    return tokenizer.encode(text)
+    return encode_text(checkpoint, tokenizer, text)
 
 
 def _parse_ids(path: Path, text: str) -> list[int]:
