@@ -18,7 +18,7 @@ from gatework.plugins.engine_format import encoder_taps, graph_taps
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import onnxruntime_version
 from gatework.plugins.moe import cpu_ops
-from gatework.runtime.backends.open import module_of, module_version, open_backend, shows_inside
+from gatework.runtime.backends.open import check_runnable, module_of, module_version, open_backend, shows_inside
 from gatework.runtime.engine import Engine
 from gatework.runtime.verify.bounds import DEFAULT_BOUNDS, Bounds
 from gatework.runtime.verify.feed import Case
@@ -197,6 +197,7 @@ def _bounds(engine: Engine, given: Bounds | None, *, has_text: bool) -> Bounds:
         bounds = replace(bounds, mean_kl=None, top1=None)
     judged = bounds if has_text else replace(bounds, perplexity=None)
     if judged == Bounds() and not shows_inside(engine):
+        check_runnable(engine, 1)  # which is the worse news
         got, fix = f"{engine.manifest['precision']}, no text, logits alone", "give --text, or bounds of your own"
         raise GateworkError("nothing of this engine could be judged", got=got, fix=fix)
     return bounds
