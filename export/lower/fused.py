@@ -71,15 +71,13 @@ def _take_norm(graph: ir.Graph, node: ir.Node) -> bool:
         "epsilon": norm.attributes["epsilon"].as_float(),
         "centred": float(norm.op_type == "LayerNormalization"),
     }
-    count = max(len(node.outputs), 2 if skip is not None else 1)
-    outputs = _rebuilt(graph, node, inputs, count, **settings)
-    if skip is None and count > 1:
-        outputs[1].name = ""
-    for place, old in enumerate(node.outputs):
-        if place != 1:
-            replace(old, outputs[place])
-    if skip is not None and old_total is not None:
-        replace(old_total, outputs[1])
+    y, total, *scores = _rebuilt(graph, node, inputs, max(len(node.outputs), 2), **settings)
+    for old, new in zip((node.outputs[0], *node.outputs[2:]), (y, *scores), strict=True):
+        replace(old, new)
+    if skip is None:
+        total.name = ""
+    elif old_total is not None:
+        replace(old_total, total)
     return True
 
 
