@@ -170,9 +170,9 @@ def _write_lowered(
 ) -> tuple[list[str], dict[str, Any]]:
     """Lower a canonical graph, and its encoder's, in place, and write them with their weights."""
     on_cpu = partial(lower_to_cpu, blocks=stored_blocks(checkpoint, options.group_size))
-    lower = lower_to_cuda if options.target == "cuda" else on_cpu
+    lower = partial(lower_to_cuda if options.target == "cuda" else on_cpu, pure=options.pure)
     for graph in (model, *([encoder] if encoder is not None else [])):
-        lower(graph, config, options.precision, options.group)  # type: ignore[arg-type]
+        lower(graph, config, options.precision, options.group)
         if any(node.op_type == OP_TYPE for node in moe_nodes(graph)):
             add_function_body(graph)
     names = write_model(model, checkpoint, directory, encoder=encoder, progress=progress)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 GROUP_SIZES = (256, 128, 64, 32, 16)
 DEFAULT_GROUPS = {"int8": 128, "int4": 32}  # of ONNX Runtime; on CPUs activations are rounded in the same groups
 GPU_GROUPS = {"int4": 128}  # TensorRT's; the other formats have one scale per row or matrix
 FINE_BITS, FINE_GROUP = 8, 128  # at least, of what `fine` names
+EMBEDDING = "embed.weight"
 ATTENTION = (".attn.", ".cross.")  # in names of its weights
 PADDED_GROUP = 32  # of rows that no group size divides; the last group is filled with zeros
 
@@ -34,13 +36,23 @@ def fine(weight: str, *, experts: bool) -> bool:
     what it reads of Mixtral's weights, but brings most of the error: tiny-mixtral's KL divergence falls from 0.022 to 0.007 in
     int4, and from 0.006 to 0.001 in fp8.
     """
-    return weight in ("lm_head.weight", "embed.weight") or (experts and any(part in weight for part in ATTENTION))
+    return weight in ("lm_head.weight", EMBEDDING) or (experts and any(part in weight for part in ATTENTION))
 
 
-def dense_format(weight: str, bits: int, group: int, *, experts: bool) -> tuple[int, int]:
-    """Bits of a dense weight, and how many neighbours at most share a scale, in an engine of so many.
+@dataclass(frozen=True, slots=True)
+class DenseFormat:
+    """How an engine for ONNX Runtime stores dense weights.
 
-    Args:
-        experts: whether the model has some.
+    bits: of those that are not spared. group: neighbours that share a scale, at most. experts: the model has some. pure: of the
+    spared weights the embedding alone is.
     """
-    return (FINE_BITS, FINE_GROUP) if bits < FINE_BITS and fine(weight, experts=experts) else (bits, group)
+
+    bits: int
+    group: int
+    experts: bool
+    pure: bool = False
+
+    def of(self, weight: str) -> tuple[int, int]:
+        """Bits of a weight, and how many neighbours at most share a scale."""
+        spared = weight == EMBEDDING if self.pure else fine(weight, experts=self.experts)
+        return (FINE_BITS, FINE_GROUP) if spared and self.bits < FINE_BITS else (self.bits, self.group)

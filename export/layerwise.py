@@ -166,5 +166,5 @@ class LayerwiseReference:
         found, got = stack.steps.found(None, "logits")
         at = torch.searchsorted(rows, found)
         own = head(stack.own.hidden[0, stack.places[found]])
-        want, noise, bias = stack.steps.draws(lambda _: head(output), stack.steps.form.fine)
+        want, noise, bias = stack.steps.draws(lambda _: head(output), stack.steps.form.head)
         return Compared(None, "logits", found, got, want[at], noise[at], bias[at], own)

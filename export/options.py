@@ -24,6 +24,7 @@ class BuildOptions:
     does not divide takes the largest size that does. None: for int8 128 and for int4 32 on cpu and cuda; 128 for
     int4 of TensorRT, whose int8 has one scale per row; less where a checkpoint's own 8-bit codes can be kept by that.
     calibration_text: UTF-8 file; int4 weights, and experts in fp8, are rounded with knowledge of what it makes of their inputs.
+    pure: int4 for ONNX Runtime's targets; 4 bits for attention beside experts and the output head too, which have 8 otherwise.
     stages: parts that the model is cut into at layer boundaries, one graph each; for ONNX Runtime's targets only.
     drop_tokens: experts drop what is beyond their capacity, as the model's own code does; see ModelConfig.
 
@@ -39,6 +40,7 @@ class BuildOptions:
     prefill_chunk: int = 512
     group_size: int | None = None
     calibration_text: Path | None = None
+    pure: bool = False
     stages: int = 1
     drop_tokens: bool = False
     toolchain: str | None = None
@@ -69,6 +71,9 @@ class BuildOptions:
         if self.calibration_text is not None and self.strip_weights:
             fix = "leave one of them out"
             raise GateworkError("refitting rounds without a text", got="a text and strip_weights", fix=fix)
+        if self.pure and (self.precision != "int4" or target.capability is not None):
+            got, expected = f"{self.precision} for {self.target}", "int4 for cpu or cuda"
+            raise GateworkError("not all weights can have 4 bits", got=got, expected=expected, fix="leave --pure out")
         for name in ("max_batch", "prefill_chunk", "stages"):
             if getattr(self, name) < 1:
                 raise GateworkError(f"{name} is not positive", got=getattr(self, name), expected="at least 1")

@@ -19,16 +19,18 @@ from tqdm import tqdm
 from gatework.export.calibration import dense_products
 from gatework.export.checkpoint import PART_BYTES, Checkpoint
 from gatework.export.config import ModelConfig
-from gatework.export.decoder import Layer, MoE
+from gatework.export.decoder import Layer, MoE, norm
 from gatework.export.gptq import Grid, Moments, round_matrix
-from gatework.export.groups import FINE_BITS, PADDED_GROUP, dense_format, fit_group
+from gatework.export.groups import FINE_BITS, PADDED_GROUP, DenseFormat, fit_group
 from gatework.export.options import BuildOptions
 from gatework.export.recorder import Recorder
+from gatework.export.reference import load_weights
 from gatework.export.windows import Groups, Window, WindowRun, embedded_windows, window_size
 from gatework.plugins.machine import usable_cpus
 from gatework.plugins.moe import torch_op
 
 _INT4_BITS = 4
+_HEAD = "lm_head.weight"
 
 
 def rounded_grids(config: ModelConfig, options: BuildOptions) -> dict[str, Grid]:
@@ -40,8 +42,9 @@ def rounded_grids(config: ModelConfig, options: BuildOptions) -> dict[str, Grid]
     tensorrt = options.device.capability is not None
     width = options.group if tensorrt else fit_group(config.hidden_size, options.group)
     found = {} if width is None else dict.fromkeys(experts, Grid(width))
-    for name in dense_products(config):
-        bits, widest = dense_format(name, _INT4_BITS, options.group, experts=config.moe is not None)
+    dense = DenseFormat(_INT4_BITS, options.group, config.moe is not None, options.pure)
+    for name in (name for name in dense_products(config) if name in shapes):  # a tied head is the embedding
+        bits, widest = dense.of(name)
         size = fit_group(shapes[name][1], widest) if bits < FINE_BITS else None
         if bits < FINE_BITS and not tensorrt:
             size = size or min(widest, PADDED_GROUP)
@@ -87,15 +90,20 @@ class Rounder(WindowRun):
 
     @torch.inference_mode()
     def parts(self, name: str) -> Iterator[Tensor]:
-        """A rounded weight, float32: experts one by one, others whole."""
-        i = int(name.split(".")[1])
+        """A rounded weight, float32: experts one by one, the output head in rows, others whole."""
+        if name == _HEAD:
+            return self._head()
+        self._reach(int(name.split(".")[1]))
+        weight = self._ready[name]
+        return iter(weight if weight.dim() == 3 else [weight])
+
+    def _reach(self, i: int) -> None:
+        """Stand behind layer i, whose weights are ready."""
         if not self._through or i < self._through - 1:
             self.windows = embedded_windows(self.checkpoint, self._token_ids, self._size)
             self._through = 0
         while self._through <= i:
             self._advance()
-        weight = self._ready[name]
-        return iter(weight if weight.dim() == 3 else [weight])
 
     def _advance(self) -> None:
         i, threads = self._through, torch.get_num_threads()
@@ -111,6 +119,17 @@ class Rounder(WindowRun):
             torch.set_num_threads(threads)
         self._ready = {name: layer.get_parameter(name.split(".", 2)[2]) for name in names}
         self._through = i + 1
+
+    @torch.inference_mode()
+    def _head(self) -> Iterator[Tensor]:
+        self._reach(self.config.num_layers - 1)
+        last = norm(self.config).eval()
+        load_weights(last, self.checkpoint, "norm.")
+        moments = Moments(self.config.hidden_size)
+        for window in self.windows:
+            moments.add(last(window.hidden)[0])
+        for part in self.checkpoint.parts(_HEAD):
+            yield round_matrix(part.float(), moments.sum, self.grids[_HEAD])
 
     def _has_experts(self, name: str) -> bool:
         return len(self.checkpoint.weights[name].shape) == 3

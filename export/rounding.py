@@ -32,6 +32,7 @@ class Format:
     unit: roundoff of activations, 0.5 ulp. bits: of weights, and of the activations that meet them where `dynamic`; 0: floats.
     group: consecutive weights of a row that share a scale, at most. wide: attention and head take 16 bits where weights have 8.
     experts: the model has some. fine_group: of what `groups.fine` names; 0: a row, as in plans, whose embedding is in floats.
+    pure: of what it names the embedding alone has 8 bits.
     kept: weights that have the checkpoint's own codes, and so no error, with their groups.
     """
 
@@ -42,12 +43,13 @@ class Format:
     wide: bool = False
     experts: bool = False
     fine_group: int = FINE_GROUP
+    pure: bool = False
     kept: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def attention(self) -> Format:
         """Of its products, which beside experts have 8 bits at least."""
-        return self.fine if self.experts else self
+        return self.head if self.experts else self
 
     @property
     def feed_forward(self) -> Format:
@@ -55,16 +57,20 @@ class Format:
         return replace(self, wide=False)
 
     @property
-    def fine(self) -> Format:
+    def head(self) -> Format:
         """Of the output head, which has 8 bits at least."""
-        if 0 < self.bits < FINE_BITS:
-            return replace(self, bits=FINE_BITS, group=self.fine_group)
-        return self
+        return self if self.pure else self._fine
 
     @property
     def embedding(self) -> Format:
         """Of the embedding table."""
-        return self.fine if self.fine_group else self.floats
+        return self._fine if self.fine_group else self.floats
+
+    @property
+    def _fine(self) -> Format:
+        if 0 < self.bits < FINE_BITS:
+            return replace(self, bits=FINE_BITS, group=self.fine_group)
+        return self
 
     @property
     def floats(self) -> Format:

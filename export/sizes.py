@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 from gatework.export.config import ModelConfig
-from gatework.export.groups import DEFAULT_GROUPS, PADDED_GROUP, dense_format, fine, fit_group
+from gatework.export.groups import DEFAULT_GROUPS, PADDED_GROUP, DenseFormat, fine, fit_group
 from gatework.plugins.moe.cpu_ops import BLOCK_ROWS
 
 Precision = Literal["fp32", "bf16", "fp8", "int8", "int4"]
@@ -141,7 +141,7 @@ def _gpu_dense_bytes(name: str, shape: tuple[int, ...], precision: str, group: i
 def _grouped_bytes(name: str, shape: tuple[int, ...], bits: int, group: int, config: ModelConfig) -> int:
     is_embedding = name.startswith("embed.")
     if name.endswith(".weight"):
-        bits, group = dense_format(name, bits, group, experts=config.moe is not None)
+        bits, group = DenseFormat(bits, group, config.moe is not None).of(name)
     size = fit_group(config.hidden_size, group)
     if _EXPERT_BIASES in name and size is not None:
         padded = config.matrices * (-config.intermediate_size % size) if name.endswith("moe.b_in") else 0

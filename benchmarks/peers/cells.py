@@ -27,9 +27,15 @@ CELLS = {f"prefill-{tokens}": Cell("prefill", tokens) for tokens in (128, 512, 2
 CELLS |= {f"decode-b{batch}": Cell("decode", 24, batch, 128) for batch in (1, 4, 8)}
 CELLS |= {f"decode-{thousands}k": Cell("decode", 24, 1, 1024 * thousands) for thousands in (1, 4, 16)}
 
-OURS = {"int8": "gatework-int8", "int4": "gatework-int4"}
-SAME = {"int8": "llama.cpp-q8_0", "int4": "llama.cpp-q4_0"}  # the peer that stores weights in as many bits
-PEERS = (*OURS.values(), *SAME.values(), "transformers-bf16")
+OURS = {"int8": "gatework-int8", "int4": "gatework-int4", "int4 pure": "gatework-int4-pure"}
+SETTINGS = {
+    "int8": ("--precision", "int8"),
+    "int4": ("--precision", "int4"),
+    "int4 pure": ("--precision", "int4", "--pure", "--group-size", "128"),
+}
+# The peer that stores weights in as many bits.
+SAME = {"int8": "llama.cpp-q8_0", "int4": "llama.cpp-q4_0", "int4 pure": "llama.cpp-q4_0"}
+PEERS = tuple(dict.fromkeys((*OURS.values(), *SAME.values(), "transformers-bf16")))
 LONGEST = 16 * 1024 + 256  # positions that engines are built for
 # Logits of the int8 engine and of llama.cpp's Q8_0 correlate, in the median over PROMPTS, by AGREE at least. Not by more: where
 # two experts of a random router nearly tie, rounding swaps them; transformers in bfloat16 and Q8_0 are as far apart.

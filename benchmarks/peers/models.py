@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import random_mixtral
-from benchmarks.peers.cells import LONGEST, OURS, SAME
+from benchmarks.peers.cells import LONGEST, OURS, SAME, SETTINGS
 
 
 def prepare(shape: str, folder: Path, python: Path, peers: list[str]) -> dict[str, tuple[str, Path]]:
@@ -20,13 +20,13 @@ def prepare(shape: str, folder: Path, python: Path, peers: list[str]) -> dict[st
     if not config.exists():
         random_mixtral.make(checkpoint, shape)
     files: dict[str, tuple[str, Path]] = {"transformers-bf16": ("transformers", checkpoint)}
-    for precision, name in OURS.items():
-        files[name] = ("gatework", folder / f"random-{shape}-cpu-{precision}")
+    for kind, name in OURS.items():
+        files[name] = ("gatework", folder / f"random-{shape}-cpu-{kind.replace(' ', '-')}")
         if name in peers:
-            command = [Path(sys.executable).with_name("gatework"), "build", checkpoint, "--precision", precision]
+            command = [Path(sys.executable).with_name("gatework"), "build", checkpoint, *SETTINGS[kind]]
             command += ["--max-seq", str(LONGEST), "--out", files[name][1], "--force", "--if-changed", "--quiet"]
             subprocess.run(command, check=True)
-    for name in SAME.values():
+    for name in dict.fromkeys(SAME.values()):
         kind = name.removeprefix("llama.cpp-")
         path = folder / f"random-{shape}-{kind}.gguf"
         files[name] = ("llama.cpp", path)

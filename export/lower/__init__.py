@@ -8,6 +8,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from gatework.export.config import Dtype, ModelConfig
+from gatework.export.groups import DenseFormat
 from gatework.export.lower.attention import to_group_query_attention
 from gatework.export.lower.cached_attention import to_cached_attention
 from gatework.export.lower.clip import clip_in_float32
@@ -49,19 +50,28 @@ NO_BLOCKS: Mapping[str, int] = {}
 
 
 def lower_to_cpu(
-    model: ir.Model, config: ModelConfig, precision: OrtPrecision, group: int, *, blocks: Mapping[str, int] = NO_BLOCKS
+    model: ir.Model,
+    config: ModelConfig,
+    precision: OrtPrecision,
+    group: int,
+    *,
+    pure: bool = False,
+    blocks: Mapping[str, int] = NO_BLOCKS,
 ) -> ir.Model:
     """Rewrite a canonical float32 graph, in place, for the CPU.
 
     Args:
+        pure: see DenseFormat.
         blocks: weights stored as codes, which stay what they are where they can; see `to_packed_matmul`.
 
     Post: products, experts and embedding are in the precision asked for; routers, norms and activations are float32.
     """
-    return _lower_to_ort(model, config, _BITS.get(precision), group, CPU_KERNELS, blocks)
+    return _lower_to_ort(model, config, _dense(config, precision, group, pure), CPU_KERNELS, blocks)
 
 
-def lower_to_cuda(model: ir.Model, config: ModelConfig, precision: OrtPrecision, group: int) -> ir.Model:
+def lower_to_cuda(
+    model: ir.Model, config: ModelConfig, precision: OrtPrecision, group: int, *, pure: bool = False
+) -> ir.Model:
     """Rewrite a canonical graph, in place, for ONNX Runtime's CUDA kernels.
 
     Pre: traced in the type of its activations, `CUDA_DTYPES`.
@@ -70,14 +80,19 @@ def lower_to_cuda(model: ir.Model, config: ModelConfig, precision: OrtPrecision,
     type. In float32 the attention keeps its standard operators.
     """
     kernels = CUDA_FLOAT32_KERNELS if precision == "fp32" else CUDA_KERNELS
-    return _lower_to_ort(model, config, _BITS.get(precision), group, kernels)
+    return _lower_to_ort(model, config, _dense(config, precision, group, pure), kernels)
+
+
+def _dense(config: ModelConfig, precision: OrtPrecision, group: int, pure: bool) -> DenseFormat | None:
+    """None where weights are floats."""
+    bits = _BITS.get(precision)
+    return None if bits is None else DenseFormat(bits, group, config.moe is not None, pure)
 
 
 def _lower_to_ort(
     model: ir.Model,
     config: ModelConfig,
-    bits: int | None,
-    group: int,
+    dense: DenseFormat | None,
     kernels: Kernels,
     blocks: Mapping[str, int] = NO_BLOCKS,
 ) -> ir.Model:
@@ -94,17 +109,17 @@ def _lower_to_ort(
         model, fused = to_group_query_attention(model, config, query_lengths=kernels.query_lengths)
     if not kernels.fused_attention or (config.attn_sinks and not fused):
         model, _ = to_plain_softcap(model)
-    experts = config.moe is not None
-    if bits is not None and kernels.packed:
-        model, _ = to_packed_moe(model, bits=bits, group=group, blocks=blocks)
-        model, _ = to_packed_matmul(model, bits=bits, group=group, experts=experts, blocks=blocks)
+    if dense is not None and kernels.packed:
+        model, _ = to_packed_moe(model, bits=dense.bits, group=dense.group, blocks=blocks)
+        model, _ = to_packed_matmul(model, dense, blocks=blocks)
         model, _ = to_cached_attention(model)
     else:
+        bits, group = (None, 0) if dense is None else (dense.bits, dense.group)
         model, _ = to_contrib_moe(model, bits=bits, group=group, kernels=kernels)
-        if bits is not None:
-            model, _ = to_matmul_nbits(model, bits=bits, group=group, experts=experts)
-    if bits is not None:
-        model, _ = to_gather_block_quantized(model, bits=bits, group=group)
+        if dense is not None:
+            model, _ = to_matmul_nbits(model, dense)
+    if dense is not None:
+        model, _ = to_gather_block_quantized(model, dense)
     model, _ = to_fused_matmul(model)
     model, _ = fuse_residual_norm(model)
     model, _ = clip_in_float32(model)

@@ -11,13 +11,13 @@ from functools import partial
 import onnx_ir as ir
 import torch
 
-from gatework.export.groups import dense_format, fit_group
+from gatework.export.groups import DenseFormat, fit_group
 from gatework.export.lower.graph import MS, Builder, replace
 from gatework.export.packing import Pack, TensorSpec, add_packed, is_weight, pack_of
 from gatework.export.quantize import quantize_rows
 
 
-def to_gather_block_quantized(model: ir.Model, *, bits: int, group: int) -> tuple[ir.Model, bool]:
+def to_gather_block_quantized(model: ir.Model, dense: DenseFormat) -> tuple[ir.Model, bool]:
     """Quantise embedding tables."""
     modified = False
     for node in [node for node in model.graph if node.op_type == "Gather" and is_weight(node.inputs[0])]:
@@ -25,7 +25,7 @@ def to_gather_block_quantized(model: ir.Model, *, bits: int, group: int) -> tupl
         pack = pack_of(node.inputs[0])
         (spec,) = pack.outputs
         V, D = spec.shape
-        width, widest = dense_format(spec.name, bits, group, experts=False)
+        width, widest = dense.of(spec.name)
         size = fit_group(D, widest)
         if size is None:
             continue

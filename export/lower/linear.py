@@ -11,7 +11,7 @@ from functools import partial
 import onnx_ir as ir
 import torch
 
-from gatework.export.groups import PADDED_GROUP, dense_format, fit_group
+from gatework.export.groups import PADDED_GROUP, DenseFormat, fit_group
 from gatework.export.lower.graph import MS, Builder, linear_weight, replace
 from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
 from gatework.export.quantize import quantize_rows
@@ -24,8 +24,8 @@ def to_fused_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
     return _rewrite(model, lambda build, x, weight: build.op("FusedMatMul", x, weight, domain=MS, transB=1)[0])
 
 
-def to_matmul_nbits(model: ir.Model, *, bits: int, group: int, experts: bool) -> tuple[ir.Model, bool]:
-    """Quantise every product with a weight but the routers'; for bits, group and experts see `dense_format`.
+def to_matmul_nbits(model: ir.Model, dense: DenseFormat) -> tuple[ir.Model, bool]:
+    """Quantise every product with a weight but the routers'.
 
     Scales have the activations' type, as the kernels demand.
     """
@@ -37,7 +37,7 @@ def to_matmul_nbits(model: ir.Model, *, bits: int, group: int, experts: bool) ->
             return None
         N, K = static_shape(weight)
         name = _HEAD if spec.name == _EMBEDDING else spec.name  # tied
-        width, widest = dense_format(name, bits, group, experts=experts)
+        width, widest = dense.of(name)
         size = fit_group(K, widest) or min(widest, PADDED_GROUP)  # the last block of an odd row is padded
         blocks = -(-K // size)
         outputs = (

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gatework.export.groups import ATTENTION, PADDED_GROUP, common_block, dense_format, fit_group
+from gatework.export.groups import ATTENTION, PADDED_GROUP, DenseFormat, common_block, fit_group
 from gatework.export.lower.cached_attention import to_group_query_attention
 from gatework.export.lower.experts import attributes_of, moe_nodes
 from gatework.export.lower.graph import MS, Builder, linear_weight, replace
@@ -50,10 +50,8 @@ def block_shapes(N: int, K: int, bits: int, group: int) -> tuple[tuple[int, ...]
     return (blocks, steps, BLOCK_ROWS, STEP_BYTES), (blocks, groups, BLOCK_ROWS)
 
 
-def to_packed_matmul(
-    model: ir.Model, *, bits: int, group: int, experts: bool, blocks: Mapping[str, int]
-) -> tuple[ir.Model, bool]:
-    """Quantise every product with a weight but the routers'; for bits, group and experts see `dense_format`.
+def to_packed_matmul(model: ir.Model, dense: DenseFormat, *, blocks: Mapping[str, int]) -> tuple[ir.Model, bool]:
+    """Quantise every product with a weight but the routers'.
 
     Pre: canonical MatMul nodes.
 
@@ -70,7 +68,7 @@ def to_packed_matmul(
         (spec,) = pack.outputs
         N, K = static_shape(weight)
         name = _HEAD if spec.name == _EMBEDDING else spec.name  # tied
-        width, widest = dense_format(name, bits, group, experts=experts)
+        width, widest = dense.of(name)
         size = fit_group(K, widest) or min(widest, PADDED_GROUP)  # the last group of an odd row is padded
         stored = fit_group(common_block(pack.sources, blocks), size) if width == _KEPT_BITS else None
         size = stored or size

@@ -37,6 +37,7 @@ _EXAMPLES = """
     gatework build Mixtral-8x7B-v0.1 --precision int4 --max-seq 8192 --max-batch 4 --out engines/mixtral
     gatework build examples/tiny-mixtral --precision int4 --group-size 64 --out engines/tiny --force
     gatework build Mixtral-8x7B-v0.1 --precision int4 --calibration-text sample.txt --out engines/mixtral
+    gatework build Mixtral-8x7B-v0.1 --precision int4 --pure --group-size 128 --out engines/mixtral-fast
     gatework build examples/tiny-mixtral --target cuda --precision bf16 --out engines/tiny-cuda
     gatework build dbrx-base --target cuda --precision bf16 --stages 4 --out engines/dbrx
     gatework build examples/tiny-mixtral --target a100 --precision bf16 --out engines/tiny-a100
@@ -50,6 +51,7 @@ _SETTINGS: tuple[str, ...] = (
     "prefill_chunk",
     "group_size",
     "calibration_text",
+    "pure",
     "stages",
     "drop_tokens",
     "toolchain",
@@ -81,6 +83,12 @@ def add(commands: Commands) -> None:
         type=Path,
         metavar="FILE",
         help="round int4 weights, and experts in fp8, for what this sample text (UTF-8) makes of their inputs",
+    )
+    parser.add_argument(
+        "--pure",
+        action="store_true",
+        default=None,
+        help="int4 (cpu, cuda): 4 bits for attention beside experts and the output head too, not 8",
     )
     parser.add_argument(
         "--stages", type=int, metavar="N", help="cut the model at layer boundaries into N parts (cpu, cuda; default: 1)"

@@ -226,7 +226,9 @@ def _format(engine: Engine) -> Format:
     experts = engine.model["moe"] is not None
     fine = 0 if plan else FINE_GROUP
     dynamic, kept = bool(bits) and on_cpu, engine.manifest.get(engine_format.KEPT, {})
-    return Format(UNITS[kind], bits, group, dynamic=dynamic, wide=wide, experts=experts, fine_group=fine, kept=kept)
+    pure = settings.get("pure", False)
+    form = Format(UNITS[kind], bits, group, dynamic=dynamic, wide=wide, experts=experts, fine_group=fine)
+    return replace(form, pure=pure, kept=kept)
 
 
 def _slots(engine: Engine) -> int:

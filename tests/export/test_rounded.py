@@ -33,6 +33,7 @@ from gatework.export.packing import is_weight, pack_of
 from gatework.export.quantize import dequantize_rows, quantize_fp8, quantize_rows
 from gatework.export.rounded import RoundedCheckpoint, Rounder, rounded_grids
 from gatework.plugins.errors import GateworkError
+from gatework.runtime.engine import Engine
 from gatework.runtime.verify import verify
 from tests.checkpoints import make_checkpoint, reference_model
 from tests.export.test_build import CHECKPOINT, contents
@@ -41,9 +42,11 @@ from tests.switch import make_switch
 IDS = np.random.default_rng(0).integers(0, 128, 80).tolist()
 
 
-def rounded_checkpoint(path: Path, target: str, precision: str) -> tuple[RoundedCheckpoint, BuildOptions]:
+def rounded_checkpoint(path: Path, target: str, kind: str) -> tuple[RoundedCheckpoint, BuildOptions]:
+    """kind: a precision, or "int4 pure"."""
     checkpoint = Checkpoint.open(path)
-    options = BuildOptions(target=target, precision=precision, max_seq=32)
+    precision, _, pure = kind.partition(" ")
+    options = BuildOptions(target=target, precision=precision, max_seq=32, pure=bool(pure))
     return RoundedCheckpoint.of(checkpoint, options, IDS), options
 
 
@@ -53,12 +56,12 @@ def lowered(checkpoint: Checkpoint, options: BuildOptions) -> Any:
         return lower_to_tensorrt(model, options.precision, group=options.group)  # type: ignore[arg-type]
     lower = lower_to_cuda if options.target == "cuda" else lower_to_cpu
     model = trace(checkpoint.config, 32, dtype=CUDA_DTYPES["int4"] if options.target == "cuda" else "float32")
-    return lower(model, checkpoint.config, options.precision, options.group)  # type: ignore[arg-type]
+    return lower(model, checkpoint.config, options.precision, options.group, pure=options.pure)  # type: ignore[arg-type]
 
 
 # Odd widths, shared experts, extra and parallel MLPs, biases, three-way gates.
 @pytest.mark.parametrize(
-    ("model", "target", "precision", "sizes"),
+    ("model", "target", "kind", "sizes"),
     [
         ("mixtral", "cpu", "int4", {"intermediate_size": 50}),
         ("llama1", "cpu", "int4", {}),
@@ -66,6 +69,9 @@ def lowered(checkpoint: Checkpoint, options: BuildOptions) -> Any:
         ("qwen2_moe", "cpu", "int4", {}),
         ("gpt-oss", "cpu", "int4", {"intermediate_size": 50}),
         ("openmoe", "cpu", "int4", {}),
+        ("mixtral", "cpu", "int4 pure", {"vocab_size": 131}),
+        ("qwen3", "cpu", "int4 pure", {}),  # a tied head
+        ("llama2", "cuda", "int4 pure", {}),
         ("mixtral", "cuda", "int4", {"intermediate_size": 96}),
         ("mixtral", "a100", "int4", {}),
         ("llama1", "a100", "int4", {}),
@@ -73,10 +79,10 @@ def lowered(checkpoint: Checkpoint, options: BuildOptions) -> Any:
     ],
 )
 def test_engines_hold_exactly_the_rounded_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, target: str, precision: str, sizes: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, target: str, kind: str, sizes: dict[str, Any]
 ) -> None:
     """Every encoder, of every target, finds codes and scales again that give each rounded weight."""
-    source, options = rounded_checkpoint(make_checkpoint(tmp_path, model, **sizes), target, precision)
+    source, options = rounded_checkpoint(make_checkpoint(tmp_path, model, **sizes), target, kind)
     seen = 0
 
     def check(same: bool) -> None:
@@ -121,10 +127,12 @@ def captured(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, list[tupl
         return w
 
     monkeypatch.setattr(rounded, "round_matrix", keep)
-    grids = rounded_grids(checkpoint.config, BuildOptions(target="cpu", precision="int4"))
+    grids = rounded_grids(checkpoint.config, BuildOptions(target="cpu", precision="int4", pure=True))
     rounder = Rounder(checkpoint, grids, IDS, progress=False)
     for layer in range(checkpoint.config.num_layers):
         list(rounder.parts(next(name for name in grids if name.startswith(f"layers.{layer}."))))
+    layer += 1
+    list(rounder.parts("lm_head.weight"))
     return found
 
 
@@ -150,7 +158,14 @@ def test_dense_weights_are_rounded_for_their_inputs(tmp_path: Path, monkeypatch:
     for which, module in ((0, "self_attn.q_proj"), (3, "self_attn.o_proj"), (4, "mlp.gate_proj"), (5, "mlp.down_proj")):
         for i, x in enumerate(hooked(path, lambda layer, name=module: layer.get_submodule(name))):
             close(found[i][which][1], x.T @ x)
-    assert [len(found[i]) for i in found] == [6, 6]
+    assert [len(found[i]) for i in found] == [6, 6, 1]
+    model, inputs = reference_model(path), []
+    model.lm_head.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
+    with torch.inference_mode():
+        for ids in torch.tensor([IDS]).split(64, 1):
+            model(ids)
+    x = torch.cat(inputs).double()
+    close(found[2][0][1], x.T @ x)
 
 
 def test_experts_are_rounded_for_the_tokens_that_choose_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +175,7 @@ def test_experts_are_rounded_for_the_tokens_that_choose_them(tmp_path: Path, mon
         scores = (x @ model.model.layers[i].mlp.gate.weight.detach().double().T).softmax(-1)
         best = scores.topk(2)
         shares = torch.zeros_like(scores).scatter(1, best.indices, best.values / best.values.sum(-1, keepdim=True))
+        found[i] = found[i][4:]  # attention's, which come first
         assert len(found[i]) == 16
         for e, ((w_in, first), (_, second)) in enumerate(zip(found[i][::2], found[i][1::2], strict=True)):
             weighed = shares[:, e, None] * x
@@ -182,6 +198,29 @@ def test_engine_passes_its_gate_and_is_the_same_again(tmp_path: Path) -> None:
         "manifest.json",
     }
     assert verify(first, CHECKPOINT, tokens=16).passed
+
+
+@pytest.mark.parametrize("model", ["mixtral", "qwen3"])
+def test_pure_engines_have_4_bits_where_others_have_8(tmp_path: Path, model: str) -> None:
+    path = make_checkpoint(tmp_path, model)
+    engine, other = (
+        build_engine(path, tmp_path / str(pure), precision="int4", pure=pure, max_seq=64) for pure in (True, False)
+    )
+    read = [Engine.open(each).weight_bytes["per_token"] for each in (engine, other)]
+    config = Checkpoint.open(path).config
+    head = config.vocab_size * config.hidden_size
+    heads = config.num_heads + config.num_kv_heads
+    attention = 2 * heads * config.head_dim * config.hidden_size * config.num_layers if model == "mixtral" else 0
+    assert read[1] - read[0] == (head + attention) * (8 + 16 / 64 - 4 - 16 / 32) / 8
+    report = verify(engine, path, tokens=16)
+    assert report.passed
+    assert max(stage.share for stage in report.stages) < 0.8
+
+
+def test_pure_is_for_int4_on_onnx_runtime(tmp_path: Path) -> None:
+    for target, precision in (("cpu", "int8"), ("a100", "int4")):
+        with pytest.raises(GateworkError, match=f"got {precision} for {target}; expected int4 for cpu or cuda"):
+            BuildOptions(target=target, precision=precision, pure=True)
 
 
 @pytest.mark.parametrize(
