@@ -4,7 +4,7 @@
     make bench-peers ARGS='--models mixtral --cells prefill-512 decode-b1'      # about five minutes
 
 Each peer is a process that stays loaded; only one computes at a time. A round measures every cell with every peer, and the
-memory's read bandwidth before each cell. Ratios are medians of the rounds' ratios. Ends with one JSON line.
+memory's read bandwidth before each turn. Ratios are medians of the rounds' ratios. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -67,19 +67,19 @@ def agreement(workers: dict[str, Worker]) -> dict[str, float]:
 
 def measure(
     workers: dict[str, Worker], names: list[str], rounds: int, bandwidth: Bandwidth
-) -> Iterator[tuple[Figures, list[float]]]:
-    """After every round: tokens per second by cell and peer, a figure a round; and the bandwidths seen in between."""
-    figures: Figures = {name: {peer: [] for peer in workers} for name in names}
-    seen = []
+) -> Iterator[tuple[Figures, Figures]]:
+    """After every round: tokens per second by cell and peer, a figure a round; and the bandwidth before each."""
+    figures, seen = ({name: {peer: [] for peer in workers} for name in names} for _ in range(2))
     order = list(workers)
     for index in range(rounds):
         for name in names:
-            seen.append(bandwidth.measure())
             for peer in order:
+                seen[name][peer].append(bandwidth.measure())
                 seconds = workers[peer].ask(**CELLS[name].request())["seconds"]
                 figures[name][peer].append(CELLS[name].speed(seconds))
             shown = ", ".join(f"{peer} {figures[name][peer][-1]:.1f}" for peer in order)
-            print(f"round {index + 1}, {name}: {shown} tok/s; {seen[-1] / 1e9:.1f} GB/s", flush=True)
+            least, most = (pick(seen[name][peer][-1] for peer in order) / 1e9 for pick in (min, max))
+            print(f"round {index + 1}, {name}: {shown} tok/s; {least:.1f} to {most:.1f} GB/s", flush=True)
         yield figures, seen
         order.append(order.pop(0))
 
@@ -99,14 +99,15 @@ def run_model(shape: str, args: argparse.Namespace, bandwidth: Bandwidth) -> Ite
     print(f"\n{markdown(shape, found['cells'], found['bandwidth_share'])}\n", flush=True)
 
 
-def results(workers: dict[str, Worker], figures: Figures, seen: list[float]) -> dict[str, Any]:
+def results(workers: dict[str, Worker], figures: Figures, seen: Figures) -> dict[str, Any]:
     read = {name: worker.bytes_per_token for name, worker in workers.items()}
+    rates = [rate / 1e9 for by_peer in seen.values() for each in by_peer.values() for rate in each]
     return {
         "cells": summary(figures),
         "figures": figures,
         "weight_bytes_per_token": read,
-        "bandwidth_gb_s": {"median": statistics.median(seen) / 1e9, "least": min(seen) / 1e9, "most": max(seen) / 1e9},
-        "bandwidth_share": bandwidth_share(figures, read, statistics.median(seen)),
+        "bandwidth_gb_s": {"median": statistics.median(rates), "least": min(rates), "most": max(rates)},
+        "bandwidth_share": bandwidth_share(figures, read, seen),
         "versions": {key: value for worker in workers.values() for key, value in worker.versions.items()},
     }
 

@@ -18,6 +18,7 @@ from matplotlib import pyplot
 COLORS = {
     "gatework-int8": "#1b6ca8",
     "gatework-int4": "#7fb8e0",
+    "gatework-int4-pure": "#b9dcc0",
     "llama.cpp-q8_0": "#d1782a",
     "llama.cpp-q4_0": "#f0b98a",
     "transformers-bf16": "#8a8a8a",
@@ -35,7 +36,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 speed, best = row["tok_s"].get(peer), row["tok_s"].get(row["best_peer"])
                 if speed is None or best is None:
                     continue
-                left = x + (offset - 2) * width
+                left = x + (offset - (len(COLORS) - 1) / 2) * width
                 axis.bar(left, speed / best, width, color=color, label=peer if x == 0 else None)
                 axis.text(left, speed / best, f"{speed:.0f}", ha="center", va="bottom", fontsize=7)
         axis.axhline(1, color="black", linewidth=0.6)

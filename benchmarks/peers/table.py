@@ -32,10 +32,16 @@ def summary(figures: Figures) -> dict[str, Any]:
     return rows
 
 
-def bandwidth_share(figures: Figures, bytes_per_token: dict[str, int], bandwidth: float) -> dict[str, float]:
-    """peer -> weight bytes that decoding one sequence read per second, over the memory's bytes per second."""
-    by_peer = figures.get("decode-b1", {})
-    return {peer: bytes_per_token[peer] * statistics.median(values) / bandwidth for peer, values in by_peer.items()}
+def bandwidth_share(figures: Figures, bytes_per_token: dict[str, int], seen: Figures) -> dict[str, float]:
+    """peer -> weight bytes that decoding one sequence read per second, over what the memory gave just before; medians.
+
+    seen: the memory's bytes per second, as `figures`.
+    """
+    cell = "decode-b1"
+    return {
+        peer: bytes_per_token[peer] * statistics.median(a / b for a, b in zip(speeds, seen[cell][peer], strict=True))
+        for peer, speeds in figures.get(cell, {}).items()
+    }
 
 
 def markdown(model: str, rows: dict[str, Any], shares: dict[str, float]) -> str:
