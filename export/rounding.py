@@ -22,6 +22,7 @@ from gatework.plugins.moe.cpu_ops import WIDE_BITS
 
 # Half the distance of neighbouring floats around 1. The reference rounds to float32 as well: two equal errors, so sqrt(2).
 UNITS = {"float32": 2.0**-23.5, "float16": 2.0**-11, "bfloat16": 2.0**-9}
+_SIGMOID = 2.0**-23  # as wide as its error is spread; measured
 _STEPS = 4  # roundings that an activation has seen since the last product: norm or gate, rotation, sum
 
 
@@ -124,6 +125,10 @@ class Rounding(TorchFunctionMode):
     def sum_of(self, y: Tensor, size: Tensor) -> Tensor:
         """A sum y whose terms have the absolute sum `size`."""
         return y + self._draw(2 * _STEPS * self._form.unit * size)
+
+    def sigmoid_of(self, y: Tensor) -> Tensor:
+        """A sigmoid y: ONNX Runtime's is 0.5 plus an odd function, so that near 0 it is as inexact as near 0.5."""
+        return y + self._draw(torch.full_like(y, _SIGMOID))
 
     def _draw(self, step: Tensor) -> Tensor:
         return (torch.rand(step.shape, generator=self._generator) - 0.5) * step

@@ -161,4 +161,8 @@ def _experts(stack: Stack, i: int, runs: list[tuple[Tensor, Tensor, Tensor | Non
 def _shared(expert: SharedExpert, x: Tensor) -> Work:
     """What the shared expert adds to rows [n, D]; its router is in floats."""
     share = expert.share(x)
-    return lambda _: share * MLP.forward(expert, x)
+
+    def work(rounding: Rounding | None) -> Tensor:
+        return (share if rounding is None else rounding.sigmoid_of(share)) * MLP.forward(expert, x)
+
+    return work
