@@ -17,6 +17,7 @@ import numpy as np
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import usable_cpus
 from gatework.runtime.backends.open import module_version
+from gatework.runtime.engine import Engine
 from gatework.runtime.llm import LLM
 from gatework.runtime.sampling import SamplingParams
 
@@ -47,8 +48,9 @@ def bench(
     """Measure greedy generation from random prompts, fixed by a seed; speeds are medians over the repetitions.
 
     Args:
-        prompt_tokens: per prompt; default: 512, or fewer where the engine's max_seq leaves less room.
-        new_tokens: decoded per prompt, after the one that prefill gives; default: 64, or half of what fits.
+        prompt_tokens: per prompt; default: 512, or what new_tokens leave of the engine's max_seq: half of it, at least, where
+            they are not given. An encoder reads the prompt by itself, so that both may be as long as if alone.
+        new_tokens: decoded per prompt, after the one that prefill gives; default: 64, or what the prompt leaves room for.
         batch: prompts at once. Prefill runs one by one, decode all together.
         stage_processes: run the stages of the engine in processes of their own.
 
@@ -61,7 +63,8 @@ def bench(
     Raises:
         GateworkError: not an engine, or a request that does not fit it.
     """
-    for name, value in (("new_tokens", new_tokens), ("batch", batch), ("repeat", repeat)):
+    counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "repeat": repeat}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise GateworkError(f"{name} is not positive", got=value, expected="at least 1")
     start = time.perf_counter()
@@ -80,9 +83,8 @@ def _measure(
     threads: int | None,
 ) -> dict[str, Any]:
     """See `bench`; load: seconds."""
-    if new_tokens is None:
-        new_tokens = min(_NEW_TOKENS, llm.engine.limits.max_seq // 2)
-    count = _fitting(llm, prompt_tokens, new_tokens, batch)
+    _check_batch(llm.engine, batch)
+    count, new_tokens = _fitting(llm.engine, prompt_tokens, new_tokens)
     prompts = np.random.default_rng(0).integers(0, llm.engine.model["vocab_size"], (batch, count)).tolist()
     _round(llm, prompts, min(_WARM_UP, new_tokens))
     rounds = [_round(llm, prompts, new_tokens) for _ in range(repeat)]
@@ -123,23 +125,28 @@ def peak_rss(pid: int | None = None) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _fitting(llm: LLM, prompt_tokens: int | None, new_tokens: int, batch: int) -> int:
-    """The prompt length, once everything is known to fit."""
-    limits = llm.engine.limits
-    if batch > limits.max_batch:
-        fix = "build the engine with a larger --max-batch"
-        raise GateworkError(
-            "batch is too large for this engine", got=batch, expected=f"at most {limits.max_batch}", fix=fix
-        )
-    room = limits.max_seq - new_tokens
-    count = min(_PROMPT_TOKENS, room) if prompt_tokens is None else prompt_tokens
-    if not 1 <= count <= room:
-        raise GateworkError(
-            "prompt and new tokens do not fit this engine",
-            got=f"{max(count, 0)} and {new_tokens}",
-            expected=f"at least 1 each and {limits.max_seq} together",
-        )
-    return count
+def _check_batch(engine: Engine, batch: int) -> None:
+    if batch > engine.limits.max_batch:
+        expected, fix = f"at most {engine.limits.max_batch}", "build the engine with a larger --max-batch"
+        raise GateworkError("batch is too large for this engine", got=batch, expected=expected, fix=fix)
+
+
+def _fitting(engine: Engine, prompt_tokens: int | None, new_tokens: int | None) -> tuple[int, int]:
+    """Tokens of a prompt, and new ones: those that were asked for, once they are known to fit, and defaults that do."""
+    max_seq = engine.limits.max_seq
+    if prompt_tokens is None:
+        least = min(_NEW_TOKENS, max_seq // 2) if new_tokens is None else new_tokens
+        longest = max_seq if engine.has_encoder else max_seq - least
+        prompt_tokens = max(1, min(_PROMPT_TOKENS, longest))
+    engine.check_prompt(prompt_tokens)
+    room = engine.room_after(prompt_tokens)
+    if new_tokens is None:
+        new_tokens = max(1, min(_NEW_TOKENS, room))
+    if new_tokens > room:
+        together = f"{max_seq} and {room}, at most" if engine.has_encoder else f"{max_seq} together, at most"
+        got, fix = f"{prompt_tokens} and {new_tokens}", "ask for fewer, or build the engine with a larger --max-seq"
+        raise GateworkError("prompt and new tokens do not fit this engine", got=got, expected=together, fix=fix)
+    return prompt_tokens, new_tokens
 
 
 def _round(llm: LLM, prompts: list[list[int]], new_tokens: int) -> _Round:

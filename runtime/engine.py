@@ -69,6 +69,11 @@ class Engine:
         return sizes
 
     @property
+    def has_encoder(self) -> bool:
+        """Whether an encoder reads the prompt, and the decoder begins with a start token."""
+        return bool(self.model.get("encoder_layers"))
+
+    @property
     def stages(self) -> list[Stage]:
         """Its parts, in the order in which a token passes through them; none where it is one graph."""
         parts = self.manifest.get(engine_format.STAGES, [])
@@ -94,6 +99,17 @@ class Engine:
         engine._check_hashes([name for name in manifest["files"] if not _is_weights(name)])
         engine.check_weights(check)
         return engine
+
+    def check_prompt(self, tokens: int) -> None:
+        """Raise where the engine cannot read a prompt of so many tokens."""
+        if tokens > self.limits.max_seq:
+            fix = "shorten the prompt or build the engine with a larger --max-seq"
+            expected = f"at most {self.limits.max_seq}"
+            raise GateworkError("the prompt is too long", got=f"{tokens} tokens", expected=expected, fix=fix)
+
+    def room_after(self, prompt: int) -> int:
+        """Positions that a prompt of so many tokens leaves to new ones: behind an encoder all but the start token's."""
+        return self.limits.max_seq - (1 if self.has_encoder else prompt)
 
     def check_weights(self, check: Check) -> None:
         """Compare the weight files' hashes with the manifest's, as `open` does."""

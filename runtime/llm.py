@@ -198,7 +198,7 @@ class LLM:
         if params.stop and self.tokenizer is None:
             raise GateworkError("stop strings need a tokenizer", fix="use stop_token_ids with this engine")
         model, source = self.engine.model, None
-        if model.get("encoder_layers"):
+        if self.engine.has_encoder:
             source, ids = ids, [model["start_token_id"]]
         eos = [] if params.ignore_eos else model["eos_token_ids"]
         return Request(
@@ -224,12 +224,7 @@ class LLM:
     def _check_prompt(self, ids: list[int]) -> None:
         if not ids:
             raise GateworkError("the prompt is empty", expected="at least one token")
-        max_seq = self.engine.limits.max_seq
-        if len(ids) > max_seq:
-            fix = "shorten the prompt or build the engine with a larger --max-seq"
-            raise GateworkError(
-                "the prompt is too long", got=f"{len(ids)} tokens", expected=f"at most {max_seq}", fix=fix
-            )
+        self.engine.check_prompt(len(ids))
         vocab_size = self.engine.model["vocab_size"]
         wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
         if wrong is not None:

@@ -118,7 +118,7 @@ class OrtBackend(Steps):
         names = tuple(name.removeprefix("past.") for name in inputs if name.startswith("past."))
         past = inputs[f"past.{names[0]}"]
         self._source: Source | None = None
-        if engine.model.get("encoder_layers"):
+        if engine.has_encoder:
             before = [tap for tap in taps if tap.startswith(ENCODER_TAPS)]
             encoder = _open_session(engine, threads, on_gpu=False, taps=before, graph=engine_format.ENCODER)
             seen = _tap_outputs(encoder, before)

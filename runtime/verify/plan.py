@@ -90,7 +90,7 @@ def make_plan(
         parts = windows(text_ids, width)
     kind = "random window" if text is None else "window"
     named = {f"{kind} {n}": ids for n, ids in enumerate(parts, start=1)}
-    if engine.model.get("encoder_layers"):
+    if engine.has_encoder:
         return _encoding_plan(engine.model["start_token_id"], chosen, named, tokens, taps=taps)
     return _plan(engine, chosen, named, tokens, taps=taps)
 

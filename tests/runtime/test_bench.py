@@ -16,6 +16,7 @@ from gatework.runtime.bench import bench, peak_rss
 from gatework.runtime.cli import main
 from gatework.runtime.engine import Engine
 from tests.checkpoints import make_checkpoint
+from tests.switch import make_switch
 
 KEYS = {"prefill_tok_s", "decode_tok_s", "ttft_ms", "weight_bytes_per_token", "gb_s", "peak_rss_mb", "load_s"}
 
@@ -56,17 +57,43 @@ def test_every_round_decodes_what_was_asked_for(engine: Path, monkeypatch: pytes
     assert result["decode_tok_s"] == 3 * 4 / 4
 
 
-def test_prompt_shrinks_to_what_fits(engine: Path) -> None:
-    assert bench(engine, new_tokens=10, repeat=1)["prompt_tokens"] == 64 - 10
-    result = bench(engine, repeat=1)
-    assert (result["prompt_tokens"], result["new_tokens"]) == (32, 32)
+@pytest.fixture(scope="module")
+def encoding(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine whose encoder reads the prompt."""
+    folder = tmp_path_factory.mktemp("encoding")
+    return build_engine(make_switch(folder), folder / "engine", precision="fp32", max_seq=64)
+
+
+def measured(engine: Path, **options: int) -> tuple[int, int]:
+    """Tokens of the prompt, and new ones."""
+    result = bench(engine, repeat=1, **options)
+    return result["prompt_tokens"], result["new_tokens"]
+
+
+def test_what_is_not_asked_for_shrinks_to_what_fits(engine: Path) -> None:
+    assert measured(engine) == (32, 32)
+    assert measured(engine, new_tokens=10) == (64 - 10, 10)
+    assert measured(engine, prompt_tokens=60) == (60, 64 - 60)
+
+
+def test_prompt_of_an_encoder_takes_no_new_tokens_places(encoding: Path) -> None:
+    """As of `generate`: 64 tokens are read, and 63 follow the start token."""
+    assert measured(encoding) == (64, 63)
+    assert measured(encoding, prompt_tokens=60, new_tokens=20) == (60, 20)
+    with pytest.raises(GateworkError, match="do not fit this engine; got 64 and 64; expected 64 and 63, at most"):
+        bench(encoding, new_tokens=64)
+    with pytest.raises(GateworkError, match="the prompt is too long; got 65 tokens; expected at most 64"):
+        bench(encoding, prompt_tokens=65)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"prompt_tokens": 60, "new_tokens": 10}, "do not fit this engine; got 60 and 10; .* 64 together"),
-        ({"new_tokens": 64}, "do not fit this engine; got 0 and 64"),
+        ({"prompt_tokens": 64}, "do not fit this engine; got 64 and 1; "),
+        ({"prompt_tokens": 65}, "the prompt is too long; got 65 tokens; expected at most 64"),
+        ({"prompt_tokens": 0}, "prompt_tokens is not positive"),
+        ({"new_tokens": 64}, "do not fit this engine; got 1 and 64"),
         ({"batch": 4}, "batch is too large for this engine; got 4; expected at most 3"),
         ({"repeat": 0}, "repeat is not positive"),
     ],
