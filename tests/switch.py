@@ -35,6 +35,13 @@ SIZES: dict[str, Any] = {
 }
 
 
+def switch_config(encoder_layers: int, num_layers: int) -> SwitchTransformersConfig:
+    """With experts in every second layer."""
+    layers = {"num_layers": encoder_layers, "num_decoder_layers": num_layers}
+    sparse = {"num_sparse_encoder_layers": encoder_layers // 2, "num_sparse_decoder_layers": num_layers // 2}
+    return SwitchTransformersConfig(**SIZES | layers | sparse)
+
+
 def make_switch(folder: Path, seed: int = 0, **overrides: Any) -> Path:
     """Write a checkpoint, weights as in `checkpoints.random_model`; overrides by names of the config."""
     path = new_folder(folder, "switch")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from gatework.runtime.commands.common import Commands, add_command, add_stage_processes, positive
-from gatework.runtime.formatting import size, table
+from gatework.runtime.formatting import counted, size, table
 
 _ABOUT = """
     Measure load time, prefill, decode and memory with random prompts and greedy tokens, as medians over several
@@ -48,15 +48,17 @@ def run(args: argparse.Namespace) -> int:
         stage_processes=args.stage_processes,
     )
     weights = size(result["weight_bytes_per_token"])
+    prompts, new = (f"{result['batch']} × {counted(result[name], 'token')}" for name in ("prompt_tokens", "new_tokens"))
     rows = [
         ("load", f"{result['load_s']:g} s", ""),
-        ("prefill", f"{result['prefill_tok_s']:,.1f} tok/s", f"{result['batch']} × {result['prompt_tokens']} tokens"),
+        ("prefill", f"{result['prefill_tok_s']:,.1f} tok/s", prompts),
         ("first token", f"{result['ttft_ms']:,.1f} ms", ""),
-        ("decode", f"{result['decode_tok_s']:,.1f} tok/s", f"{result['batch']} × {result['new_tokens']} tokens"),
+        ("decode", f"{result['decode_tok_s']:,.1f} tok/s", new),
         ("weights read", f"{result['gb_s']:,.2f} GB/s", f"{weights} per token"),
         ("peak memory", f"{result['peak_rss_mb']:,.0f} MB", ""),
     ]
-    print(f"{result['engine']}: {result['precision']} on {result['target']}, {result['threads']} threads")
+    threads = counted(result["threads"], "thread")
+    print(f"{result['engine']}: {result['precision']} on {result['target']}, {threads}")
     print(table(rows, "<><"))
     print(json.dumps(result))
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gatework.runtime.commands.common import Commands, add_command, add_drop_tokens, memory_size, require_build_tools
-from gatework.runtime.formatting import size, table
+from gatework.runtime.formatting import counted, size, table
 
 if TYPE_CHECKING:
     from gatework.export.config import ModelConfig
@@ -170,21 +170,18 @@ def _report(found: Preflight) -> None:
     ranges = f"from {options.calibration}" if options.calibration else "none"
     if options.plan_only and options.precision in ("int8", "fp8") and options.calibration is None:
         ranges = "placeholders: this plan's numbers mean nothing"
-    prompts = ", and their prompts" if config.encoder_layers else ""
+    cached = f"{counted(options.max_batch, 'sequence')} of {counted(options.max_seq or 0, 'position')}"
+    cached += ", and their prompts" if config.encoder_layers else ""
     rows = [
         ("target", options.target, f"{compiler.module} {compiler.version}, {where}"),
         ("precision", options.precision, f"activation ranges: {ranges}"),
-        ("layers", f"{config.num_layers}", f"{config.moe_layers} MoE plugins"),
+        ("layers", f"{config.num_layers}", counted(config.moe_layers, "MoE plugin")),
         *_encoder_rows(config),
         ("plan", size(found.plan), "left out: stripped" if options.strip_weights else "dense weights, without kernels"),
         ("experts", size(found.experts), experts if config.moe else "none"),
         ("kernels", f"{found.kernels}", "of the MoE operator, compiled by Triton" if found.kernels else "none"),
-        ("KV cache", size(found.kv_cache), f"{options.max_batch} sequences of {options.max_seq:,} positions{prompts}"),
-        (
-            "scratch",
-            size(found.scratch),
-            f"estimated, for steps of {most_tokens(config, options)} tokens",
-        ),
+        ("KV cache", size(found.kv_cache), cached),
+        ("scratch", size(found.scratch), f"estimated, for steps of {counted(most_tokens(config, options), 'token')}"),
         ("in all", size(found.needed), f"of {size(found.memory)}: {'fits' if found.fits else 'DOES NOT FIT'}"),
     ]
     print(table(rows, "<><"), flush=True)
@@ -194,4 +191,5 @@ def _encoder_rows(config: ModelConfig) -> list[tuple[str, str, str]]:
     """Of the table, where there is an encoder."""
     if config.encoder is None:
         return []
-    return [("encoder", f"{config.encoder_layers}", f"{config.encoder.moe_layers} MoE plugins, a plan of its own")]
+    plugins = counted(config.encoder.moe_layers, "MoE plugin")
+    return [("encoder", f"{config.encoder_layers}", f"{plugins}, a plan of its own")]

@@ -11,6 +11,7 @@ from pathlib import Path
 from gatework.plugins.engine_format import sha256
 from gatework.plugins.errors import GateworkError
 from gatework.runtime.commands.common import Commands, add_command, positive, read_text, require_build_tools
+from gatework.runtime.formatting import counted
 
 _ABOUT = """
     Run a text through a checkpoint's layers in float32, one layer in memory at a time, and write how large the inputs of
@@ -71,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     )
     calibration.save(args.out)
     if not args.quiet:
-        ranges, seconds = len(calibration.ranges), time.perf_counter() - start
-        print(f"wrote {args.out}: {ranges} ranges over {calibration.tokens:,} tokens, in {seconds:.1f} s")
+        ranges, seconds = counted(len(calibration.ranges), "range"), time.perf_counter() - start
+        print(f"wrote {args.out}: {ranges} over {counted(calibration.tokens, 'token')}, in {seconds:.1f} s")
     return 0
 
 

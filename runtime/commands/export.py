@@ -9,7 +9,7 @@ from pathlib import Path
 from gatework.plugins.engine_format import IN_PLACE
 from gatework.plugins.errors import GateworkError
 from gatework.runtime.commands.common import Commands, add_command, add_drop_tokens, require_build_tools
-from gatework.runtime.formatting import size
+from gatework.runtime.formatting import counted, size
 
 _ABOUT = """
     Write the canonical ONNX model of a checkpoint: model.onnx, and its weights as external data beside it.
@@ -82,9 +82,6 @@ def run(args: argparse.Namespace) -> int:
         for found in shared:
             print(f"weights: {size(found.nbytes)} of the checkpoint's files, {found.how}")
             for why, names in found.written.items():
-                print(
-                    f"copied {names[0]} and {len(names) - 1} others: {why}"
-                    if names[1:]
-                    else f"copied {names[0]}: {why}"
-                )
+                others = f" and {counted(len(names) - 1, 'other')}" if names[1:] else ""
+                print(f"copied {names[0]}{others}: {why}")
     return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gatework.plugins import engine_format
 from gatework.runtime.commands.common import Commands, add_command, memory_size, require_build_tools
-from gatework.runtime.formatting import size, table
+from gatework.runtime.formatting import counted, numbers, size, table
 
 if TYPE_CHECKING:
     from gatework.export.config import ModelConfig
@@ -133,7 +133,7 @@ def _text(path: Path, config: ModelConfig, facts: dict[str, Any]) -> str:
         sections.append(table(_engine_rows(config, facts["engine"]), "<<"))
     if "stored_bytes" in facts:
         sections.append(f"stored as {facts['stored_as']}, {facts['stored_bytes']:,} bytes")
-    sections.append(_kv_text(facts))
+    sections.append(_kv_text(config, facts))
     sections.append(_memory_text(facts))
     return "\n\n".join(sections)
 
@@ -160,7 +160,7 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
             rows.append(("shared expert", f"{config.moe.shared_width} wide, weighed by a sigmoid"))
     rows += [
         ("vocabulary", f"{config.vocab_size:,}{', tied embeddings' if config.tie_embeddings else ''}"),
-        ("context", f"{config.max_position_embeddings:,} tokens"),
+        ("context", counted(config.max_position_embeddings, "token")),
         ("sliding window", _window(config)),
         ("rotary base", f"{config.rope_theta:,.10g}" if config.rotary_dim else f"none, {_bias(config)}"),
         ("norm", f"{'RMSNorm' if config.norm == 'rms' else 'LayerNorm'}, epsilon {config.norm_eps:g}"),
@@ -185,10 +185,10 @@ def _features(config: ModelConfig) -> list[tuple[str, str]]:
     if config.parallel:
         rows.append(("layers", "attention and feed-forward side by side"))
     if config.moe is not None and config.moe_layers < config.num_layers:
-        interval = f", one in {config.moe_interval}" if config.moe_interval > 1 else ""
-        rows.append(("layers with experts", f"{config.moe_layers}{interval}; the others are {config.mlp_width} wide"))
+        rows.append(("layers with experts", f"{_moe_layers(config)}; the others are {config.mlp_width} wide"))
     if config.sequence_capacity:
-        rows.append(("an expert serves", f"{config.sequence_capacity} tokens of a prompt; the others pass by"))
+        served = counted(config.sequence_capacity, "token")
+        rows.append(("an expert serves", f"{served} of a prompt; the others pass by"))
     if config.expert_capacity:
         rows += _capacity(config)
     if config.extra_mlp:
@@ -212,6 +212,16 @@ def _features(config: ModelConfig) -> list[tuple[str, str]]:
     return rows
 
 
+def _moe_layers(config: ModelConfig) -> str:
+    """Which of them: "6 of 24: 3, 7, … 23"."""
+    layers = numbers(filter(config.has_experts, range(config.num_layers)), config.moe_interval)
+    found = f"{config.moe_layers} of {config.num_layers}: {layers}"
+    if config.encoder is None:
+        return found
+    encoder = _moe_layers(config.encoder)
+    return f"{found}, as in the encoder" if encoder == found else f"{found}, and in the encoder {encoder}"
+
+
 def _capacity(config: ModelConfig) -> list[tuple[str, str]]:
     """Of experts that have one."""
     rule = (
@@ -230,7 +240,7 @@ def _window(config: ModelConfig) -> str:
         return "none"
     layers = config.num_layers - len(config.full_attention)
     where = f", in {layers} of {config.num_layers} layers" if config.full_attention else ""
-    return f"{config.sliding_window:,} tokens{where}"
+    return f"{counted(config.sliding_window, 'token')}{where}"
 
 
 def _bias(config: ModelConfig) -> str:
@@ -243,16 +253,15 @@ def _engine_rows(config: ModelConfig, engine: dict[str, Any]) -> list[tuple[str,
     from gatework.export.sizes import caches
 
     limits, weights = engine["limits"], engine["weight_bytes"]
+    note = ", half of it cross-attention's" if config.encoder_layers else ""
     positions = caches(config) * limits["max_batch"] * limits["max_seq"]
+    sequences = f"{counted(limits['max_batch'], 'sequence')} of {counted(limits['max_seq'], 'token')}"
     stages = [_stage_row(config, number, stage) for number, stage in enumerate(engine["stages"])]
     return [
         ("built for", f"{engine['target']}, {engine['precision']}"),
-        (
-            "limits",
-            f"{limits['max_batch']} sequences of {limits['max_seq']:,} tokens, prefill by {limits['prefill_chunk']}",
-        ),
+        ("limits", f"{sequences}, prefill by {limits['prefill_chunk']}"),
         ("weights", f"{size(weights['total'])}, of which a decoded token reads {size(weights['per_token'])}"),
-        ("KV cache when full", size(positions * config.kv_bytes_per_token(_value_bytes(engine)))),
+        ("KV cache when full", size(positions * config.kv_bytes_per_token(_value_bytes(engine))) + note),
         *([("as stored", _kept(engine["kept"]))] if engine["kept"] else []),
         *stages,
         ("files", ", ".join(f"{name} {size(nbytes)}" for name, nbytes in _listed(engine["files"]).items())),
@@ -263,8 +272,8 @@ def _engine_rows(config: ModelConfig, engine: dict[str, Any]) -> list[tuple[str,
 def _kept(names: dict[str, int]) -> str:
     """Weights with the checkpoint's own codes."""
     experts = sum(".moe." in name for name in names)
-    counts = ((experts, "stacks of experts"), (len(names) - experts, "matrices"))
-    return f"codes and scales of {' and '.join(f'{count} {what}' for count, what in counts if count)}"
+    kinds = ((experts, "stack of experts", "stacks of experts"), (len(names) - experts, "matrix", "matrices"))
+    return f"codes and scales of {' and '.join(counted(*kind) for kind in kinds if kind[0])}"
 
 
 def _stage_row(config: ModelConfig, number: int, stage: dict[str, Any]) -> tuple[str, str]:
@@ -284,11 +293,14 @@ def _listed(files: dict[str, int]) -> dict[str, int]:
     return listed
 
 
-def _kv_text(facts: dict[str, Any]) -> str:
+def _kv_text(config: ModelConfig, facts: dict[str, Any]) -> str:
     per_token, context = facts["kv_bytes_per_token"], facts["context"]
-    rows = [("KV cache", "bytes per token", f"at {context:,} tokens")]
+    rows = [("KV cache", "bytes per token", f"at {counted(context, 'token')}")]
     rows += [(name, f"{nbytes:,}", size(facts["kv_bytes_at_context"][name])) for name, nbytes in per_token.items()]
-    return table(rows, "<>>")
+    note = (
+        "\nhalf of the total is cross-attention's: keys and values of a prompt as long" if config.encoder_layers else ""
+    )
+    return table(rows, "<>>") + note
 
 
 def _needed(devices: int | None) -> str:

@@ -35,6 +35,7 @@ from gatework.plugins.machine import gpu_capability
 from gatework.plugins.moe.kernels.compile import load
 from gatework.plugins.moe.kernels.launches import launches
 from gatework.plugins.moe.spec import MoEAttributes, MoESizes
+from gatework.runtime.commands.build import _report
 from tests.export.test_calibrate import switch_product
 from tests.fake_quantised import round_groups, round_rows, round_to
 from tests.plan_text import compiled_products
@@ -134,7 +135,9 @@ def test_the_engine_holds_what_both_plans_need(engine: Path, checkpoint: Path) -
         ("a100", "int8", {}),
     ],
 )
-def test_plans_alone(tmp_path: Path, target: str, precision: str, sizes: dict[str, int]) -> None:
+def test_plans_alone(
+    tmp_path: Path, target: str, precision: str, sizes: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: no plan is built")
     found: list[Preflight] = []
     path = make_switch(tmp_path, **sizes)
@@ -146,6 +149,9 @@ def test_plans_alone(tmp_path: Path, target: str, precision: str, sizes: dict[st
     assert {file.name for file in engine.iterdir()} == FILES | {"manifest.json"}
     config = Checkpoint.open(path).config
     per_layer = 2 * config.num_heads * config.head_dim * 2
+    _report(found[0])
+    plugins = "2 MoE plugins" if "num_sparse_encoder_layers" in sizes else "1 MoE plugin"
+    assert re.search(rf"^encoder +2 +{plugins}, a plan of its own$", capsys.readouterr().out, re.MULTILINE)
     assert found[0].kv_cache == 2 * 8 * MAX_SEQ * config.num_layers * per_layer  # its own, and of the prompts
     dense, experts = gpu_weight_bytes(config, precision, 0)
     assert (found[0].plan, found[0].experts) == (dense + 2 * config.vocab_size * config.hidden_size, experts)

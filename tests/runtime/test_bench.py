@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from gatework.runtime import bench as bench_module
 from gatework.runtime.bench import bench, peak_rss
 from gatework.runtime.cli import main
 from gatework.runtime.engine import Engine
+from gatework.runtime.formatting import size
 from tests.checkpoints import make_checkpoint
 from tests.switch import make_switch
 
@@ -61,7 +63,15 @@ def test_every_round_decodes_what_was_asked_for(engine: Path, monkeypatch: pytes
 def encoding(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engine whose encoder reads the prompt."""
     folder = tmp_path_factory.mktemp("encoding")
-    return build_engine(make_switch(folder), folder / "engine", precision="fp32", max_seq=64)
+    return build_engine(make_switch(folder), folder / "engine", precision="fp32", max_seq=64, max_batch=1)
+
+
+def test_inspect_counts_its_cache(encoding: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["inspect", str(encoding)]) == 0
+    rows = dict(re.findall(r"^(limits|KV cache when full) +(.*)", capsys.readouterr().out, re.MULTILINE))
+    assert rows["limits"] == "1 sequence of 64 tokens, prefill by 64"
+    nbytes = 2 * 64 * 2 * 2 * 4 * 16 * 4  # of the decoder and of the prompt: layers, keys and values, heads
+    assert rows["KV cache when full"] == f"{size(nbytes)}, half of it cross-attention's"
 
 
 def measured(engine: Path, **options: int) -> tuple[int, int]:
@@ -104,10 +114,12 @@ def test_what_does_not_fit_is_refused(engine: Path, options: dict[str, int], mes
 
 
 def test_command_ends_with_one_json_line(engine: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["bench", str(engine), "--prompt-tokens", "9", "--new-tokens", "3", "--repeat", "1"]) == 0
-    *table, last = capsys.readouterr().out.splitlines()
+    options = ["--prompt-tokens", "9", "--new-tokens", "1", "--repeat", "1", "--threads", "1"]
+    assert main(["bench", str(engine), *options]) == 0
+    first, *table, last = capsys.readouterr().out.splitlines()
+    assert first.endswith("on cpu, 1 thread")
     assert set(json.loads(last)) >= KEYS
-    assert any(line.startswith("decode") for line in table)
+    assert any(line.startswith("decode") and line.endswith("1 × 1 token") for line in table)
 
 
 def test_peak_rss_is_this_process_only() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -19,8 +21,9 @@ from gatework.export.checkpoint import Checkpoint
 from gatework.export.sharing import CLONES, LINKS
 from gatework.runtime.cli import main
 from gatework.runtime.commands import bench as bench_command
-from gatework.runtime.formatting import size
-from tests.checkpoints import make_checkpoint
+from gatework.runtime.formatting import counted, numbers, size
+from tests.checkpoints import DENSE_FIRST, EXPERTS_LAST, hf_config, make_checkpoint
+from tests.switch import switch_config
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-mixtral"
 PROMPT = "def read(path):\n"
@@ -307,6 +310,33 @@ def test_inspect_engine(engine: Path, run: Run) -> None:
     assert facts["weight_bytes"]["int8"] == manifest["weight_bytes"]["total"]
     assert facts["context"] == 128
     assert facts["engine"]["files"] == {name: file["size"] for name, file in manifest["files"].items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "experts"),
+    [
+        (hf_config("mixtral"), ""),
+        (hf_config("qwen2_moe", num_layers=5, **DENSE_FIRST), "4 of 5: 1 to 4; the others are 192 wide"),
+        (hf_config("qwen3_moe", **EXPERTS_LAST), "1 of 4: 3; the others are 192 wide"),
+        (switch_config(8, 8), "4 of 8: 1, 3, … 7, as in the encoder; the others are 96 wide"),
+        (switch_config(4, 6), "3 of 6: 1, 3, 5, and in the encoder 2 of 4: 1, 3; the others are 96 wide"),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_inspect_says_which_layers_have_experts(tmp_path: Path, run: Run, config: Any, experts: str) -> None:
+    """And that what a prompt's keys and values take is counted where an encoder reads it."""
+    config.save_pretrained(tmp_path)
+    out = run("inspect", tmp_path)
+    assert re.findall(r"^layers with experts +(.*)", out, re.MULTILINE) == [experts] * bool(experts)
+    assert ("half of the total is cross-attention's: keys" in out) == (config.model_type == "switch_transformers")
+
+
+def test_counts_and_numbers_in_words() -> None:
+    assert [counted(n, "token") for n in (0, 1, 2048)] == ["0 tokens", "1 token", "2,048 tokens"]
+    assert [counted(n, "matrix", "matrices") for n in (1, 2)] == ["1 matrix", "2 matrices"]
+    assert numbers([0, *range(3, 8), 9, 10]) == "0, 3 to 7, 9, 10"
+    assert numbers([3, 7, 11, 15, 23], 4) == "3, 7, … 15, 23"
+    assert numbers([]) == ""
 
 
 # ---- what is loaded, and what if it is not there
