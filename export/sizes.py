@@ -23,7 +23,7 @@ _SCALE = 2  # bytes: bfloat16; of the embedding table float32
 def weight_bytes(config: ModelConfig, precision: Precision, group: int | None = None) -> int | None:
     """Bytes of all weights; None where the model cannot be stored so.
 
-    int8 and int4 are what `build_engine` writes for CPUs, fp8 what it writes for GPUs, scales and padding included.
+    int8 and int4 are what `build_engine` writes for CPUs, bf16 and fp8 what it writes for GPUs, scales and padding included.
 
     Args:
         group: weights that share a scale, for int8 and int4; default: the builder's.
@@ -67,8 +67,10 @@ def tensor_bytes(config: ModelConfig, precision: Precision, group: int | None = 
     shapes = config.tensor_shapes()
     if config.tie_embeddings:
         shapes["lm_head.weight"] = shapes["embed.weight"]
-    if precision in ("fp32", "bf16"):
-        return {name: (4 if precision == "fp32" else 2) * math.prod(shape) for name, shape in shapes.items()}
+    if precision == "fp32":
+        return {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+    if precision == "bf16":  # but for routers
+        return {name: (4 if ".router." in name else 2) * math.prod(shape) for name, shape in shapes.items()}
     if precision == "fp8":
         return _gpu_tensor_bytes(config, "fp8", 0)
     bits, group = _BITS[precision], group or DEFAULT_GROUPS[precision]

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from gatework.export.build import build_engine
+from gatework.export.build import build_engine, export_onnx
 from gatework.export.checkpoint import Checkpoint, read_config
 from gatework.export.config import ModelConfig, MoEConfig
-from gatework.export.sizes import devices_needed, kv_bytes, weight_bytes
+from gatework.export.sizes import devices_needed, gpu_weight_bytes, kv_bytes, weight_bytes
 from tests.checkpoints import EXPERTS_LAST, make_checkpoint
+from tests.switch import make_switch
 
 MIXTRAL = {"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8}
 MIXTRAL |= {"norm_eps": 1e-05, "vocab_size": 32000, "moe": {"num_experts_per_tok": 2, "num_experts": 8}}
@@ -45,11 +46,21 @@ def test_engines_have_the_size_foretold(
     assert weight_bytes(Checkpoint.open(path).config, precision, group) == built
 
 
+@pytest.mark.parametrize("model", ["switch", "qwen2_moe", "gpt-oss"])
+def test_routers_stay_in_float32(tmp_path: Path, model: str) -> None:
+    """With their biases, and those of shared experts, beside bfloat16."""
+    path = make_switch(tmp_path) if model == "switch" else make_checkpoint(tmp_path, model)
+    engine = export_onnx(path, tmp_path / "engine", dtype="bfloat16")
+    built = json.loads((engine / "manifest.json").read_text())["weight_bytes"]["total"]
+    config = Checkpoint.open(path).config
+    assert weight_bytes(config, "bf16") == sum(gpu_weight_bytes(config, "bf16", 0)) == built
+
+
 def test_mixtral_8x7b(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_text(json.dumps(MIXTRAL))
     config = read_config(tmp_path / "params.json")
     assert weight_bytes(config, "fp32") == 4 * 46_702_792_704
-    assert weight_bytes(config, "bf16") == 2 * 46_702_792_704
+    assert weight_bytes(config, "bf16") == 2 * 46_702_792_704 + 2 * 32 * 8 * 4096  # routers
     fine = 32 * 4096 * (4096 + 1024 + 1024 + 4096) + 2 * 32000 * 4096  # attention, embedding and head have 8 bits
     expected = (46_702_792_704 - fine) * (0.5 + 2 / 32) + fine * (1 + 2 / 128)
     assert weight_bytes(config, "int4", 32) == pytest.approx(expected, rel=1e-3)
@@ -71,11 +82,12 @@ def test_devices_needed() -> None:
     """Whole layers go to a device, embedding and head included: DBRX in bfloat16 takes two of 141 GB, which hold 263 GB."""
     sizes = {"vocab_size": 100_352, "hidden_size": 6144, "intermediate_size": 10_752, "num_layers": 40, "head_dim": 128}
     sizes |= {"num_heads": 48, "num_kv_heads": 8, "max_position_embeddings": 32_768}
+    routers = 2 * 40 * 16 * 6144  # are in float32
     dbrx = ModelConfig(family="dbrx", norm="layer", moe=MoEConfig(num_experts=16, top_k=4), **sizes)  # type: ignore[arg-type]
-    assert weight_bytes(dbrx, "bf16") == 263_193_047_040
+    assert weight_bytes(dbrx, "bf16") == 263_193_047_040 + routers
     assert devices_needed(dbrx, "bf16", 32_768, 141 * 10**9) == 2
     assert devices_needed(dbrx, "bf16", 32_768, 80 * 10**9) == 4
     assert devices_needed(dbrx, "bf16", 32_768, 300 * 10**9) == 1
-    layer = (263_193_047_040 - 2 * 2 * 100_352 * 6144) // 40
+    layer = (263_193_047_040 + routers - 2 * 2 * 100_352 * 6144) // 40
     assert devices_needed(dbrx, "bf16", 0, layer + 10**6) == 42
     assert devices_needed(dbrx, "bf16", 0, layer - 10**6) is None
