@@ -8,6 +8,7 @@ moments of one matrix's inputs with three more matrices of that size, and the te
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -26,9 +27,11 @@ from gatework.export.options import BuildOptions
 from gatework.export.recorder import Recorder
 from gatework.export.reference import load_weights
 from gatework.export.windows import Groups, Window, WindowRun, embedded_windows, window_size
+from gatework.plugins.errors import GateworkWarning
 from gatework.plugins.machine import usable_cpus
 from gatework.plugins.moe import torch_op
 
+FEW_TOKENS = 1000  # tiny-mixtral is worse of 50 to 200 than of none, and better of 1,000
 _INT4_BITS = 4
 _HEAD = "lm_head.weight"
 
@@ -63,8 +66,11 @@ class RoundedCheckpoint(Checkpoint):
     def of(
         cls, checkpoint: Checkpoint, options: BuildOptions, token_ids: Sequence[int], *, progress: bool = False
     ) -> RoundedCheckpoint:
-        """For an engine with these options. Raises GateworkError for a text that is too short."""
+        """For an engine with these options. Raises GateworkError for a text of one token, warns of a short one."""
         rounder = Rounder(checkpoint, rounded_grids(checkpoint.config, options), token_ids, progress)
+        if len(token_ids) < FEW_TOKENS:
+            what = f"the calibration text has {len(token_ids)} tokens, and so few may be worse than none"
+            warnings.warn(f"{what}; some ten thousand do", GateworkWarning, stacklevel=2)
         return cls(checkpoint.path, checkpoint.config, checkpoint.weights, checkpoint.source, rounder)
 
     def parts(self, name: str, *, max_bytes: int = PART_BYTES) -> Iterator[Tensor]:

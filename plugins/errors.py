@@ -1,4 +1,4 @@
-"""The one exception type for a user's mistakes, shared by every room."""
+"""The one exception type for a user's mistakes, and the one of warnings, shared by every room."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ class GateworkError(Exception):
         if fix is not None:
             parts.append(f"fix: {fix}")
         super().__init__("; ".join(map(_one_line, parts)))
+
+
+class GateworkWarning(UserWarning):
+    """Something that works, but less well than the caller may expect. The command line prints it in one line."""
 
 
 def _one_line(part: str) -> str:

@@ -12,12 +12,14 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from types import FrameType
+from typing import Any
 
-from gatework.plugins.errors import GateworkError
+from gatework.plugins.errors import GateworkError, GateworkWarning
 from gatework.runtime.commands import bench, build, calibrate, export, generate, inspect, refit, verify
 
 _EXAMPLES = """\
@@ -34,7 +36,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code."""
-    with _cleaning_up_on_termination():
+    with _cleaning_up_on_termination(), _warnings_in_one_line():
         try:
             args = _parser().parse_args(argv)
             status: int = args.run(args)
@@ -85,6 +87,22 @@ def _cleaning_up_on_termination() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Warnings of ours are told as errors are, without the place in the code."""
+    show_other = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, GateworkWarning):
+            print(f"gatework: warning: {message}", file=sys.stderr)
+        else:
+            show_other(message, category, *place, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _fail(message: str) -> int:

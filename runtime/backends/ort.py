@@ -20,7 +20,7 @@ import onnxruntime as ort
 
 from gatework.plugins import engine_format
 from gatework.plugins.engine_format import ENCODER_TAPS, TAP_OUTPUT, stage_folder, stage_input
-from gatework.plugins.errors import GateworkError
+from gatework.plugins.errors import GateworkError, GateworkWarning
 from gatework.plugins.machine import usable_cpus
 from gatework.plugins.moe import cpu_ops
 from gatework.runtime.backends.kv import Cache, DeviceCache, HostCache, KVLayout, cached_rows
@@ -332,5 +332,5 @@ def _register_kernels(options: ort.SessionOptions, engine: Engine) -> bool:
     if not any(Path(name).name == engine_format.FALLBACK for name in engine.manifest["files"]):
         fix = "install a C++ compiler and gatework again, or build with --precision fp32"
         raise GateworkError(f"{engine.path} needs gatework's CPU kernels: {reason}", fix=fix)
-    warnings.warn(f"{reason}; ONNX Runtime's are used, which are slower", stacklevel=2)  # shown once
+    warnings.warn(f"{reason}; ONNX Runtime's are used, which are slower", GateworkWarning, stacklevel=2)  # shown once
     return False

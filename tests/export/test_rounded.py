@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,15 @@ from gatework.export.onnx_export import trace
 from gatework.export.options import BuildOptions
 from gatework.export.packing import is_weight, pack_of
 from gatework.export.quantize import dequantize_rows, quantize_fp8, quantize_rows
-from gatework.export.rounded import RoundedCheckpoint, Rounder, rounded_grids
-from gatework.plugins.errors import GateworkError
+from gatework.export.rounded import FEW_TOKENS, RoundedCheckpoint, Rounder, rounded_grids
+from gatework.plugins.errors import GateworkError, GateworkWarning
 from gatework.runtime.engine import Engine
 from gatework.runtime.verify import verify
 from tests.checkpoints import make_checkpoint, reference_model
 from tests.export.test_build import CHECKPOINT, contents
 from tests.switch import make_switch
 
+pytestmark = pytest.mark.filterwarnings("ignore:the calibration text has")
 IDS = np.random.default_rng(0).integers(0, 128, 80).tolist()
 
 
@@ -221,6 +223,17 @@ def test_pure_is_for_int4_on_onnx_runtime(tmp_path: Path) -> None:
     for target, precision in (("cpu", "int8"), ("a100", "int4")):
         with pytest.raises(GateworkError, match=f"got {precision} for {target}; expected int4 for cpu or cuda"):
             BuildOptions(target=target, precision=precision, pure=True)
+
+
+def test_a_short_text_is_warned_of(tmp_path: Path) -> None:
+    """Before it goes through any layer."""
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path, "llama2"))
+    options = BuildOptions(target="cpu", precision="int4")
+    with pytest.warns(GateworkWarning, match=f"the calibration text has {FEW_TOKENS - 1} tokens, and so few"):
+        RoundedCheckpoint.of(checkpoint, options, [1] * (FEW_TOKENS - 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RoundedCheckpoint.of(checkpoint, options, [1] * FEW_TOKENS)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 from gatework import LLM, SamplingParams
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.sharing import CLONES, LINKS
+from gatework.plugins.errors import GateworkWarning
 from gatework.runtime.cli import main
 from gatework.runtime.commands import bench as bench_command
 from gatework.runtime.formatting import counted, numbers, size
@@ -410,6 +412,16 @@ def test_endings(
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == (status == 2)
+
+
+def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def warn(args: object) -> int:
+        warnings.warn("slower than it could be", GateworkWarning, stacklevel=2)
+        return 0
+
+    monkeypatch.setattr(bench_command, "run", warn)
+    assert main(["bench", "x"]) == 0
+    assert capsys.readouterr() == ("", "gatework: warning: slower than it could be\n")
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
