@@ -38,19 +38,18 @@ def weight_bytes(config: ModelConfig, precision: Precision, group: int | None = 
 def devices_needed(config: ModelConfig, precision: Precision, positions: int, memory: int) -> int | None:
     """How many devices of `memory` bytes hold the model, whole layers each, with a cache of so many positions.
 
-    None where one layer, the embedding or the output head is too large for a device, or the precision cannot be had.
+    Embedding and encoder are where the first layer is, and the head where the last is, as in stages. None where one layer, with
+    what goes with it, is too large for a device, or the precision cannot be had.
     """
     sizes = tensor_bytes(config, precision)
     if sizes is None:
         return None
-    parts = [0] * (config.num_layers + 2)  # embedding and encoder, layers, head
+    parts = [kv_bytes(config, precision, positions) // config.num_layers] * config.num_layers
     for name, nbytes in sizes.items():
         kind, _, rest = name.partition(".")
-        parts[int(rest.split(".")[0]) + 1 if kind == "layers" else 0 if kind in ("embed", "encoder") else -1] += nbytes
-    cache = kv_bytes(config, precision, positions) // config.num_layers
+        parts[int(rest.split(".")[0]) if kind == "layers" else 0 if kind in ("embed", "encoder") else -1] += nbytes
     devices, room = 0, 0
-    for place, nbytes in enumerate(parts):
-        needed = nbytes + (cache if 0 < place <= config.num_layers else 0)
+    for needed in parts:
         if needed > memory:
             return None
         if needed > room:

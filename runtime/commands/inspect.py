@@ -320,4 +320,5 @@ def _memory_text(facts: dict[str, Any]) -> str:
         fits = (_needed(facts["devices"][precision][name]) for name in memories)
         total = nbytes + facts["kv_bytes_at_context"][precision]
         rows.append((precision, f"{nbytes:,}", size(nbytes), size(total), *fits))
-    return table(rows, "<>>>" + ">" * len(memories))
+    note = "KV cache: float32 for fp32, int8 and int4, as on CPUs; 16 bits for bf16 and fp8, which are for GPUs"
+    return table(rows, "<>>>" + ">" * len(memories)) + ("" if facts["kind"] == "engine" else f"\n{note}")

@@ -89,5 +89,6 @@ def test_devices_needed() -> None:
     assert devices_needed(dbrx, "bf16", 32_768, 80 * 10**9) == 4
     assert devices_needed(dbrx, "bf16", 32_768, 300 * 10**9) == 1
     layer = (263_193_047_040 + routers - 2 * 2 * 100_352 * 6144) // 40
-    assert devices_needed(dbrx, "bf16", 0, layer + 10**6) == 42
-    assert devices_needed(dbrx, "bf16", 0, layer - 10**6) is None
+    first = layer + 2 * 100_352 * 6144  # with the embedding
+    assert devices_needed(dbrx, "bf16", 0, first + 10**6) == 40
+    assert devices_needed(dbrx, "bf16", 0, first - 10**6) is None
