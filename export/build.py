@@ -225,12 +225,15 @@ def export_onnx(
         report: receives what is read from the checkpoint's files, if `link` or no `out`.
     """
     if dtype not in _PRECISIONS:
-        raise GateworkError("unknown dtype", got=dtype, expected=" or ".join(_PRECISIONS))
+        raise GateworkError("unknown --dtype", got=dtype, expected=" or ".join(_PRECISIONS))
     if golden is not None:
         require_polygraphy(golden)
+        if out is not None and golden.resolve().is_relative_to(Path(out).resolve()):
+            raise GateworkError("--golden lies in --out", got=golden, fix="choose another --golden")
     checkpoint = Checkpoint.open(source, drop_tokens=drop_tokens)
     if golden is not None and checkpoint.config.encoder_layers:
-        raise GateworkError("golden files are for models without an encoder", fix="leave --golden out")
+        what, fix = "--golden is for models without an encoder", "leave --golden out"
+        raise GateworkError(what, got="a model with one", fix=fix)
     options = BuildOptions(target="cpu", precision="fp32", max_seq=max_seq, drop_tokens=drop_tokens)
     options = options.fitted_to(checkpoint.config)
     assert options.max_seq is not None

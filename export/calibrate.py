@@ -55,7 +55,7 @@ def calibrate(
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(os.fspath(source))
     window = window_size(checkpoint.config, token_ids, window)
     if smooth is not None and not 0 < smooth < 1:
-        raise GateworkError("smoothing's alpha is out of range", got=smooth, expected="between 0 and 1, such as 0.5")
+        raise GateworkError("--smooth is out of range", got=smooth, expected="between 0 and 1, such as 0.5")
     if not 0 < percentile <= 100:
         raise GateworkError("percentile is out of range", got=percentile, expected="above 0, at most 100")
     run = _Run(checkpoint, smooth, percentile, embedded_windows(checkpoint, token_ids, window))

@@ -245,8 +245,13 @@ class ModelConfig:
             got = f"{self.expert_capacity} and {self.min_expert_capacity}"
             raise GateworkError("expert_capacity or min_expert_capacity is out of range", got=got, expected="0 or more")
         if self.drop_tokens and not self.expert_capacity:
-            fix = "leave drop_tokens out"
-            raise GateworkError("experts of this model drop no tokens", got="no expert_capacity", fix=fix)
+            what = "this model has no experts that could drop tokens"
+            if self.moe is not None:
+                what = "this model's experts have no capacity beyond which they could drop tokens"
+            if self.sequence_capacity:
+                served = f"each serves {self.sequence_capacity} of a prompt"
+                what = f"this model's experts drop tokens already, as its config says: {served}"
+            raise GateworkError(what, got="--drop-tokens", fix="leave --drop-tokens out")
         if not (type(self.sequence_capacity) is int and 0 <= self.sequence_capacity < MAX_SIZE):
             raise GateworkError(
                 "sequence_capacity is out of range", got=repr(self.sequence_capacity), expected="0 or more"
@@ -459,7 +464,8 @@ class ModelConfig:
                 fields[name] = tuple(fields.get(name, ()))
             return cls(**fields)
         except TypeError as error:
-            raise GateworkError(f"model description does not fit this version: {error}") from None
+            fix = "upgrade gatework, or build the engine again"
+            raise GateworkError(f"model description does not fit this version: {error}", fix=fix) from None
 
 
 def _product(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:

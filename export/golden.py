@@ -20,7 +20,7 @@ _LENGTH = 16  # tokens
 
 def require_polygraphy(folder: Path) -> None:
     """GateworkError unless golden files can be written to a new folder."""
-    check_free(folder, force=False)
+    check_free(folder, force=False, option="--golden")
     try:
         import polygraphy  # noqa: F401
     except ImportError:

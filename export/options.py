@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gatework.export.config import ModelConfig
-from gatework.export.targets import Target, target_for
-from gatework.plugins.errors import GateworkError
+from gatework.export.config import MAX_SIZE, ModelConfig
+from gatework.export.targets import ALL_BUT_CUDA, Target, target_for
+from gatework.plugins.errors import GateworkError, option
 
 TAPPED = ("bf16", "fp16", "int4")  # precisions of plans whose rounding verification has a model of
 TEXT_ROUNDED = ("int4", "fp8")
@@ -56,30 +56,29 @@ class BuildOptions:
         if self.group_size is not None and self.group_size not in target.group_sizes:
             *sizes, largest = sorted(target.group_sizes)
             expected = f"{', '.join(map(str, sizes))} or {largest}"
-            raise GateworkError("group size cannot be used", got=self.group_size, expected=expected)
+            raise GateworkError("--group-size cannot be used", got=self.group_size, expected=expected)
         if self.group_size is not None and not self.group:
-            got = f"a group size of {self.group_size}"
-            raise GateworkError(
-                f"{self.precision} on {self.target} has no groups of weights", got=got, fix="leave it out"
-            )
+            what, got = f"{self.precision} on {self.target} has no groups of weights", f"--group-size {self.group_size}"
+            raise GateworkError(what, got=got, fix="leave --group-size out")
         if self.taps and target.capability is not None and self.precision not in TAPPED:
-            what, fix = "a plan with static scales shows nothing inside", "verify its logits, without taps"
+            what, fix = "a plan with static scales shows nothing inside", "leave --taps out: verify compares its logits"
             raise GateworkError(what, got=self.precision, expected=" or ".join(TAPPED), fix=fix)
         if self.calibration_text is not None and self.precision not in TEXT_ROUNDED:
             what, expected = "a text helps no weights of this precision", " or ".join(TEXT_ROUNDED)
             raise GateworkError(what, got=self.precision, expected=expected, fix="leave --calibration-text out")
         if self.calibration_text is not None and self.strip_weights:
-            fix = "leave one of them out"
-            raise GateworkError("refitting rounds without a text", got="a text and strip_weights", fix=fix)
+            got, fix = "--calibration-text and --strip-weights", "leave one of them out"
+            raise GateworkError("refitting rounds without a text", got=got, fix=fix)
         if self.pure and (self.precision != "int4" or target.capability is not None):
             got, expected = f"{self.precision} for {self.target}", "int4 for cpu or cuda"
             raise GateworkError("not all weights can have 4 bits", got=got, expected=expected, fix="leave --pure out")
         for name in ("max_batch", "prefill_chunk", "stages"):
-            if getattr(self, name) < 1:
-                raise GateworkError(f"{name} is not positive", got=getattr(self, name), expected="at least 1")
+            if not 1 <= getattr(self, name) <= MAX_SIZE:
+                expected = f"1 to {MAX_SIZE}"
+                raise GateworkError(f"{option(name)} is out of range", got=getattr(self, name), expected=expected)
         if target.capability is not None and self.stages > 1:
-            got, fix = f"target {self.target}", "use --target cpu or cuda"
-            raise GateworkError("stages are for targets of ONNX Runtime", got=got, fix=fix)
+            got, fix = f"--target {self.target}", "leave --stages out, or use --target cpu or cuda"
+            raise GateworkError("--stages is for ONNX Runtime's targets", got=got, fix=fix)
         if target.capability is None:
             for name in (
                 "toolchain",
@@ -91,9 +90,8 @@ class BuildOptions:
                 "taps",
             ):
                 if getattr(self, name):
-                    raise GateworkError(
-                        f"{name} is for TensorRT targets", got=f"target {self.target}", fix="leave it out"
-                    )
+                    got, fix = f"--target {self.target}", f"leave {option(name)} out"
+                    raise GateworkError(f"{option(name)} is for TensorRT's targets", got=got, fix=fix)
 
     @property
     def device(self) -> Target:
@@ -118,31 +116,32 @@ class BuildOptions:
             config.encoder_layers or (self.precision == "fp8" and config.moe is None)
         ):
             got = "a model with an encoder" if config.encoder_layers else "fp8 without experts"
-            raise GateworkError("this model's weights are rounded without a text", got=got, fix="leave it out")
+            fix = "leave --calibration-text out"
+            raise GateworkError("this model's weights are rounded without a text", got=got, fix=fix)
         if self.stages > config.num_layers:
             expected = f"at most {config.num_layers}, the model's layers"
-            raise GateworkError("there are more stages than layers", got=self.stages, expected=expected)
+            raise GateworkError("there are more stages than layers", got=f"--stages {self.stages}", expected=expected)
         length = fit_length(config, self.max_seq)
         return replace(self, max_seq=length, prefill_chunk=min(self.prefill_chunk, length))
 
     def _check_encoder(self) -> None:
         """Raise for what a model with an encoder cannot have."""
         if self.target == "cuda":
-            fix = "use --target cpu, or one of TensorRT's"
-            raise GateworkError("encoders do not run on this target", got=f"target {self.target}", fix=fix)
+            fix = f"use --target {ALL_BUT_CUDA}"
+            raise GateworkError("encoders do not run on this target", got=f"--target {self.target}", fix=fix)
         given = {"stages": self.stages > 1, "strip_weights": self.strip_weights, "taps": self.taps}
         for name in (name for name, wanted in given.items() if wanted):
-            got = f"{self.target}, {name} {getattr(self, name)}"
-            raise GateworkError(f"{name} is for models without an encoder", got=got, fix="leave it out")
+            what, fix = f"{option(name)} is for models without an encoder", f"leave {option(name)} out"
+            raise GateworkError(what, got="a model with one", fix=fix)
 
 
 def fit_length(config: ModelConfig, max_seq: int | None) -> int:
     """The cache length asked for, or the model's own."""
     length, limit = config.max_position_embeddings if max_seq is None else max_seq, config.context_limit
     if not 1 <= length <= limit:
-        raise GateworkError("max_seq is out of range", got=length, expected=f"1 to {limit}, the model's context")
+        raise GateworkError("--max-seq is out of range", got=length, expected=f"1 to {limit}, the model's context")
     position_bytes = len(config.ntk_alphas(length)) * config.rotary_dim * 4
     if length * position_bytes > MAX_TABLE_BYTES:
         expected = f"at most {MAX_TABLE_BYTES // position_bytes}"
-        raise GateworkError("max_seq is too large for tables of angles", got=length, expected=expected)
+        raise GateworkError("--max-seq is too large for tables of angles", got=length, expected=expected)
     return length

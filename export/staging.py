@@ -83,14 +83,15 @@ def new_files(folder: Path, names: Iterable[str], force: bool) -> Iterator[Path]
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def check_free(out: Path, force: bool) -> None:
-    """Raise unless `new_directory` may make, or replace, the folder `out`."""
+def check_free(out: Path, force: bool, option: str = "--out") -> None:
+    """Raise unless `new_directory` may make, or replace, the folder `out`, which the command line calls `option`."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise GateworkError(f"{out} is in the way", got="a file or link", expected="a folder to make")
+        fix = f"choose another {option}"
+        raise GateworkError(f"{out} is in the way", got="a file or link", expected="a folder to make", fix=fix)
     if out.exists() and any(out.iterdir()):
         is_engine = (out / engine_format.MANIFEST).is_file()
         if not (force and is_engine):
-            fix = "pass --force to replace it" if is_engine else "choose another --out"
+            fix = "pass --force to replace it" if is_engine and option == "--out" else f"choose another {option}"
             raise GateworkError(f"{out} exists and is not empty", fix=fix)
 
 

@@ -73,6 +73,7 @@ TARGETS = {
         _gpu("rtx50", _SM89, _ANY, (12, 0), 32 << 30),
     )
 }
+ALL_BUT_CUDA = " or ".join(", ".join(name for name in TARGETS if name != "cuda").rsplit(", ", 1))
 
 
 def target_for(name: str, precision: str) -> Target:
@@ -80,5 +81,5 @@ def target_for(name: str, precision: str) -> Target:
     target = TARGETS.get(name)
     if target is None or precision not in target.precisions:
         pairs = ", ".join(f"{each.name}: {'|'.join(each.precisions)}" for each in TARGETS.values())
-        raise GateworkError("this target and precision cannot be built", got=f"{name} {precision}", expected=pairs)
+        raise GateworkError("this --target and --precision cannot be built", got=f"{name} {precision}", expected=pairs)
     return target

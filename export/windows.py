@@ -56,7 +56,7 @@ def window_size(config: ModelConfig, token_ids: Sequence[int], window: int | Non
     window = min(WINDOW, config.max_position_embeddings) if window is None else window
     if not 2 <= window <= config.max_position_embeddings:
         expected = f"2 to {config.max_position_embeddings}, the model's context"
-        raise GateworkError("window is out of range", got=window, expected=expected)
+        raise GateworkError("--window is out of range", got=window, expected=expected)
     return window
 
 

@@ -9,7 +9,8 @@ class GateworkError(Exception):
     """Something the caller can fix: bad input, a damaged file, an impossible request.
 
     Its text is always one line: what is wrong, what was found, what was expected, and how to fix it.
-    The command line prints that line and exits with code 2.
+    The command line prints that line and exits with code 2. Settings are called by their options (`--max-seq`), in Python as
+    well; sampling parameters, which Python knows better, by their names, and `gatework generate` has the options instead.
     """
 
     def __init__(self, what: str, *, got: object = None, expected: object = None, fix: str | None = None) -> None:
@@ -25,6 +26,11 @@ class GateworkError(Exception):
 
 class GateworkWarning(UserWarning):
     """Something that works, but less well than the caller may expect. The command line prints it in one line."""
+
+
+def option(name: str) -> str:
+    """What the command line calls a setting: "--max-seq" for max_seq."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _one_line(part: str) -> str:

@@ -6,6 +6,7 @@ import ctypes
 import os
 from importlib.metadata import PackageNotFoundError, version
 
+MOST_THREADS = 256  # ONNX Runtime takes ever longer to start more
 _CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR; MINOR follows
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gatework.plugins.errors import GateworkError
+from gatework.plugins.errors import GateworkError, option
 from gatework.plugins.machine import usable_cpus
 from gatework.runtime.backends.open import module_version
 from gatework.runtime.engine import Engine
@@ -66,7 +66,7 @@ def bench(
     counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "repeat": repeat}
     for name, value in counts.items():
         if value is not None and value < 1:
-            raise GateworkError(f"{name} is not positive", got=value, expected="at least 1")
+            raise GateworkError(f"{option(name)} is not positive", got=value, expected="at least 1")
     start = time.perf_counter()
     with LLM(engine_dir, threads=threads, stage_processes=stage_processes) as llm:
         load = time.perf_counter() - start
@@ -128,7 +128,7 @@ def peak_rss(pid: int | None = None) -> int:
 def _check_batch(engine: Engine, batch: int) -> None:
     if batch > engine.limits.max_batch:
         expected, fix = f"at most {engine.limits.max_batch}", "build the engine with a larger --max-batch"
-        raise GateworkError("batch is too large for this engine", got=batch, expected=expected, fix=fix)
+        raise GateworkError("--batch is too large for this engine", got=batch, expected=expected, fix=fix)
 
 
 def _fitting(engine: Engine, prompt_tokens: int | None, new_tokens: int | None) -> tuple[int, int]:
@@ -145,7 +145,7 @@ def _fitting(engine: Engine, prompt_tokens: int | None, new_tokens: int | None) 
     if new_tokens > room:
         together = f"{max_seq} and {room}, at most" if engine.has_encoder else f"{max_seq} together, at most"
         got, fix = f"{prompt_tokens} and {new_tokens}", "ask for fewer, or build the engine with a larger --max-seq"
-        raise GateworkError("prompt and new tokens do not fit this engine", got=got, expected=together, fix=fix)
+        raise GateworkError("--prompt-tokens and --new-tokens do not fit this engine", got=got, expected=together, fix=fix)
     return prompt_tokens, new_tokens
 
 

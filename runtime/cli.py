@@ -21,6 +21,7 @@ from typing import Any
 
 from gatework.plugins.errors import GateworkError, GateworkWarning
 from gatework.runtime.commands import bench, build, calibrate, export, generate, inspect, refit, verify
+from gatework.runtime.commands.common import Parser
 
 _EXAMPLES = """\
 examples:
@@ -38,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code."""
     with _cleaning_up_on_termination(), _warnings_in_one_line():
         try:
-            args = _parser().parse_args(argv)
+            args, unknown = _parser().parse_known_args(argv)
+            if unknown:
+                raise GateworkError(
+                    f"unknown arguments: {' '.join(unknown)}", fix=f"see `gatework {args.command} --help`"
+                )
             status: int = args.run(args)
             sys.stdout.flush()
             return status
@@ -59,14 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gatework",
         description="Compiles mixture-of-experts and dense language models into engines, runs them and checks them.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-V", "--version", action="version", version=f"gatework {version('gatework')}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for command in (build, export, calibrate, refit, generate, verify, bench, inspect):
         command.add(commands)
     return parser

@@ -103,9 +103,8 @@ class Engine:
     def check_prompt(self, tokens: int) -> None:
         """Raise where the engine cannot read a prompt of so many tokens."""
         if tokens > self.limits.max_seq:
-            fix = "shorten the prompt or build the engine with a larger --max-seq"
-            expected = f"at most {self.limits.max_seq}"
-            raise GateworkError("the prompt is too long", got=f"{tokens} tokens", expected=expected, fix=fix)
+            got, expected = f"{tokens} tokens", f"at most {self.limits.max_seq}"
+            raise GateworkError("the prompt is too long", got=got, expected=expected, fix=_shorten(self))
 
     def room_after(self, prompt: int) -> int:
         """Positions that a prompt of so many tokens leaves to new ones: behind an encoder all but the start token's."""
@@ -223,3 +222,13 @@ def _is_count(value: object) -> bool:
 
 def _damaged(file: Path, why: str) -> GateworkError:
     return GateworkError(f"{file} is damaged: {why}", fix="build the engine again")
+
+
+def _shorten(engine: Engine) -> str:
+    """What helps against a prompt that is too long."""
+    from gatework.export.config import ModelConfig
+
+    limit = ModelConfig.from_dict(engine.model).context_limit
+    if limit == engine.limits.max_seq:
+        return "shorten the prompt: the engine has the model's whole context"
+    return f"shorten the prompt, or build the engine again with a larger --max-seq, up to {limit}"

@@ -12,6 +12,7 @@ from operator import index
 from typing import Self, get_args
 
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.machine import MOST_THREADS
 from gatework.runtime.backends.open import open_backend
 from gatework.runtime.chat import Message, render_chat
 from gatework.runtime.engine import Check, Engine
@@ -21,7 +22,6 @@ from gatework.runtime.stopping import StopMatcher
 from gatework.runtime.tokenizer import Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
-_MOST_THREADS = 256  # ONNX Runtime takes ever longer to start more
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class LLM:
         self.engine = Engine.open(engine_dir, check="sizes")
         self.tokenizer: Tokenizer | None = load_tokenizer(self.engine.path)
         batch = self.engine.limits.max_batch if max_batch is None else max_batch
-        for name, value, most in (("max_batch", batch, None), ("threads", threads, _MOST_THREADS)):
+        for name, value, most in (("max_batch", batch, None), ("threads", threads, MOST_THREADS)):
             if value is not None and not (type(value) is int and 1 <= value <= (most or value)):
                 expected = "at least 1" if most is None else f"1 to {most}"
                 raise GateworkError(f"{name} is out of range", got=repr(value), expected=expected)
@@ -188,15 +188,16 @@ class LLM:
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            fix = "give prompts as lists of token ids, or build from a checkpoint with tokenizer files"
-            raise GateworkError("this engine has no tokenizer", fix=fix)
+            fix = "give token ids (--prompt-ids 1,2,3), or build from a checkpoint with tokenizer files"
+            raise GateworkError("this engine has no tokenizer", got="text", expected="token ids", fix=fix)
         return self.tokenizer
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         ids = self._encode(prompt)
         self._check_prompt(ids)
         if params.stop and self.tokenizer is None:
-            raise GateworkError("stop strings need a tokenizer", fix="use stop_token_ids with this engine")
+            fix = "leave --stop out, or use stop_token_ids in Python"
+            raise GateworkError("stop strings need a tokenizer", got="an engine without one", fix=fix)
         model, source = self.engine.model, None
         if self.engine.has_encoder:
             source, ids = ids, [model["start_token_id"]]

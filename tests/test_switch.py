@@ -163,19 +163,23 @@ def test_another_encoder_is_found(tmp_path: Path) -> None:
     [
         (
             {"target": "cuda", "precision": "fp32"},
-            "encoders do not run on this target; got target cuda; fix: use --target",
+            "encoders do not run on this target; got --target cuda; fix: use --target cpu, a100, .* or rtx50",
         ),
         (
             {"target": "cpu", "precision": "fp32", "stages": 2},
-            "stages is for models without an encoder; got cpu, stages 2",
+            "--stages is for models without an encoder; got a model with one; fix: leave --stages out",
+        ),
+        (
+            {"target": "cpu", "precision": "int4", "calibration_text": Path("text.txt")},
+            "got a model with an encoder; fix: leave --calibration-text out",
         ),
         (
             {"target": "a100", "precision": "bf16", "strip_weights": True},
-            "strip_weights is for models without an encoder",
+            "--strip-weights is for models without an encoder",
         ),
         (
             {"target": "a100", "precision": "bf16", "taps": True},
-            "taps is for models without an encoder; got a100, taps",
+            "--taps is for models without an encoder",
         ),
     ],
 )
@@ -187,5 +191,5 @@ def test_what_an_encoder_cannot_have_is_refused(tmp_path: Path, settings: dict[s
 
 def test_what_is_for_decoders_alone_says_so(tmp_path: Path) -> None:
     path = make_switch(tmp_path)
-    with pytest.raises(GateworkError, match="golden files are for models without an encoder"):
+    with pytest.raises(GateworkError, match="--golden is for models without an encoder"):
         export_onnx(path, tmp_path / "onnx", golden=tmp_path / "golden")

@@ -24,6 +24,7 @@ from gatework.export.lower.packed import to_packed_matmul, to_packed_moe
 from gatework.export.lower.products import Scales, quantize_products
 from gatework.export.lower.softcap import to_plain_softcap
 from gatework.export.lower.source_mask import to_compared_source_mask
+from gatework.export.targets import ALL_BUT_CUDA
 from gatework.plugins.engine_format import SOURCE_LENGTHS
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import WeightFormat
@@ -97,10 +98,10 @@ def _lower_to_ort(
     blocks: Mapping[str, int] = NO_BLOCKS,
 ) -> ir.Model:
     if config.alibi_bias_max is not None and not kernels.attention_bias:
-        raise GateworkError("this target has no kernel for ALiBi", fix="use --target cpu, or one of TensorRT's")
+        raise GateworkError("this target has no kernel for ALiBi", fix=f"use --target {ALL_BUT_CUDA}")
     if config.ntk_length is not None and not kernels.own_positions:
         what, fix = "dynamic NTK has not been tried on this target", f"--max-seq {config.ntk_length}, or --target cpu"
-        raise GateworkError(what, got="a longer max_seq than the model was trained on", fix=fix)
+        raise GateworkError(what, got="a longer context than the model was trained on", fix=fix)
     if config.attn_sinks and not kernels.sinks:
         raise GateworkError("attention sinks have not been tried on this target", fix="use --target cpu")
     if not config.encoder_layers:  # whose prompts are one token

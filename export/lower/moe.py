@@ -22,6 +22,7 @@ from gatework.export.lower.graph import MS, Builder, replace
 from gatework.export.lower.kernels import Kernels
 from gatework.export.packing import Pack, TensorSpec, add_packed, pack_of, static_shape
 from gatework.export.quantize import quantize_rows
+from gatework.export.targets import ALL_BUT_CUDA
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import MoEAttributes
 
@@ -61,7 +62,7 @@ def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int, kernels: Ke
                 continue
             got = f"{attributes.scoring} scores, {attributes.glu} {attributes.activation} gates"
             got += ", a capacity" if attributes.capacity_factor else ""
-            expected, fix = "softmax scores, two_way silu gates", "use --target cpu, or a GPU by its name"
+            expected, fix = "softmax scores, two_way silu gates", f"use --target {ALL_BUT_CUDA}"
             raise GateworkError(
                 "this target has no kernels for the model's experts", got=got, expected=expected, fix=fix
             )
@@ -114,7 +115,7 @@ def _group_size(hidden: int, group: int, kernels: Kernels) -> int:
             "experts cannot be quantised for this target",
             got=got,
             expected=expected,
-            fix="use a precision of floating-point weights",
+            fix="use --precision bf16",
         )
     return size
 

@@ -52,11 +52,11 @@ def preflight(config: ModelConfig, options: BuildOptions, compiler: Compiler) ->
     Raises GateworkError, naming what would fit, when the device cannot hold the engine; a build of the plan only goes on.
     """
     if options.strip_weights:  # TensorRT-RTX as well compiles refittable plans through CUDA only
-        require_gpu("compiling a plan whose weights can be put in later")
+        require_gpu("compiling a plan with --strip-weights")
     assert options.max_seq is not None
     if (length := config.within(options.max_seq).ntk_length) is not None:
         what = "plans have no dynamic NTK, which this model takes beyond the length it was trained on"
-        raise GateworkError(what, got=f"max_seq {options.max_seq}", fix=f"--max-seq {length}, or --target cpu")
+        raise GateworkError(what, got=f"a context of {options.max_seq}", fix=f"--max-seq {length}, or --target cpu")
     found = _measure(config, options, compiler)
     if not (found.fits or options.plan_only):
         cache = f"KV cache {_megabytes(found.kv_cache)} for {options.max_batch} sequences of {options.max_seq}"

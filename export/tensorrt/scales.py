@@ -56,7 +56,7 @@ def load_scales(checkpoint: Checkpoint, options: BuildOptions) -> StaticScales:
     if options.calibration is not None and options.precision not in LARGEST:
         fix = "leave --calibration out"
         raise GateworkError(
-            f"{options.precision} has no static scales", got="a calibration", expected=" or ".join(LARGEST), fix=fix
+            f"{options.precision} has no static scales", got="--calibration", expected=" or ".join(LARGEST), fix=fix
         )
     if options.calibration is not None:
         return StaticScales(checkpoint, Calibration.load(options.calibration, checkpoint))

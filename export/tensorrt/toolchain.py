@@ -28,7 +28,7 @@ def choose_compiler(target: Target, wanted: str | None = None) -> Compiler:
     if wanted is not None and wanted not in target.toolchains:
         raise GateworkError(
             f"{target.name} engines are not built by this toolchain",
-            got=wanted,
+            got=f"--toolchain {wanted}",
             expected=" or ".join(target.toolchains),
         )
     lacks = []

@@ -28,6 +28,17 @@ def load_cudart() -> Any:
     return cudart
 
 
+def require_gpu() -> Any:
+    """The module cuda.bindings.runtime, where there is a GPU. Raises GateworkError where package, driver or GPU is missing."""
+    cudart = load_cudart()
+    error, count = cudart.cudaGetDeviceCount()
+    if int(error) or not count:
+        got = error.name if int(error) else "no device"
+        fix = "run it on a machine with an NVIDIA GPU, or build the engine with --target cpu"
+        raise GateworkError("this engine runs on an NVIDIA GPU", got=got, expected="a GPU and its driver", fix=fix)
+    return cudart
+
+
 class Device:
     """The first GPU. Memory that it gave is freed when it goes away.
 
@@ -36,12 +47,7 @@ class Device:
     """
 
     def __init__(self) -> None:
-        self.cudart = cudart = load_cudart()
-        error, count = cudart.cudaGetDeviceCount()
-        if int(error) or not count:
-            got = error.name if int(error) else "no device"
-            fix = "run it on a machine with an NVIDIA GPU, or build the engine with --target cpu"
-            raise GateworkError("this engine runs on an NVIDIA GPU", got=got, expected="a GPU and its driver", fix=fix)
+        self.cudart = cudart = require_gpu()
         _check(cudart.cudaSetDevice(0))
         # Work on the default stream, such as a library's, is not waited for.
         self.stream = _check(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking))
@@ -62,7 +68,10 @@ class Device:
             _, free, _ = self.cudart.cudaMemGetInfo()
             got, expected = f"{free / 1e9:.2f} GB free ({error.name})", f"{nbytes / 1e9:.2f} GB for the {what}"
             raise GateworkError(
-                "the GPU's memory is too small", got=got, expected=expected, fix="use a smaller max_batch"
+                "the GPU's memory is too small",
+                got=got,
+                expected=expected,
+                fix="build the engine with a smaller --max-batch or --max-seq",
             )
         self._memory.append(address)
         _check(self.cudart.cudaMemsetAsync(address, 0, max(nbytes, 1), self.stream))

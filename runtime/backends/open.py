@@ -34,7 +34,7 @@ def open_backend(
     """
     if stage_processes:
         if not engine.stages:
-            fix = "build it with --stages N"
+            fix = "leave --stage-processes out, or build it with --stages N"
             raise GateworkError(f"{engine.path} has no stages to run in processes", got="one graph", fix=fix)
         from gatework.runtime.backends.processes import ProcessBackend
 

@@ -86,7 +86,7 @@ def kv_layout(model: dict[str, Any], max_seq: int, slots: int) -> KVLayout:
     names = cache_names(model["num_layers"])
     layout = KVLayout(names, slots, model["num_kv_heads"], max_seq, model["head_dim"], _KV_ITEMSIZE)
     if slots > 1 and layout.slot_bytes % ALIGNMENT:
-        fix = "build it with a --max-seq that is a multiple of 16, or load it with max_batch=1"
+        fix = "build it with a --max-seq that is a multiple of 16, or load it in Python with max_batch=1"
         got, expected = f"slots of {layout.slot_bytes} bytes", f"multiples of {ALIGNMENT}"
         raise GateworkError(
             "the engine's cache cannot be shared by several sequences", got=got, expected=expected, fix=fix

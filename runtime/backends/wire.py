@@ -111,10 +111,10 @@ def meeting_place(folder: Path, size: int) -> Any:
 def require_gloo() -> None:
     """Raise a one-line error where there is no torch, or none with Gloo, or no POSIX system."""
     if sys.platform == "win32":
-        fix = "run the stages in one process"
+        fix = "leave --stage-processes out"
         raise GateworkError("stages in processes of their own need Linux or macOS", got=sys.platform, fix=fix)
     try:
         from torch.distributed import ProcessGroupGloo  # noqa: F401
     except ImportError as error:
-        fix = "pip install torch, or run the stages in one process"
+        fix = "pip install torch, or leave --stage-processes out"
         raise GateworkError("stages in processes of their own need PyTorch", got=error, fix=fix) from None

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from gatework.runtime.commands.common import Commands, add_command, add_stage_processes, positive
+from gatework.runtime.commands.common import Commands, add_command, add_stage_processes, add_threads, positive
 from gatework.runtime.formatting import counted, size, table
 
 _ABOUT = """
@@ -30,7 +30,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once (default: 1)")
     parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="repetitions (default: 3)")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
+    add_threads(parser)
     add_stage_processes(parser)
 
 

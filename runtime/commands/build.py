@@ -8,7 +8,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gatework.runtime.commands.common import Commands, add_command, add_drop_tokens, memory_size, require_build_tools
+from gatework.runtime.commands.common import (
+    Commands,
+    add_command,
+    add_drop_tokens,
+    integer,
+    memory_size,
+    require_build_tools,
+)
 from gatework.runtime.formatting import counted, size, table
 
 if TYPE_CHECKING:
@@ -31,6 +38,8 @@ _ABOUT = """
 
     --stages N is for models that no single device holds: N graphs with their weights, each of some whole layers, which run in
     turn in one process, or each in a process of its own (gatework generate --stage-processes).
+
+    Models with an encoder (Switch Transformer) take no --target cuda, --calibration-text, --stages, --strip-weights or --taps.
 """
 _EXAMPLES = """
     gatework build examples/tiny-mixtral --precision int8 --out engines/tiny
@@ -68,13 +77,13 @@ def add(commands: Commands) -> None:
     parser.add_argument("--target", default="cpu", help="what the engine runs on (default: cpu)")
     parser.add_argument("--precision", default="int8", help="of the weights (default: int8)")
     parser.add_argument(
-        "--max-seq", type=int, metavar="N", help="most tokens of a sequence (default: the model's context)"
+        "--max-seq", type=integer, metavar="N", help="most tokens of a sequence (default: the model's context)"
     )
-    parser.add_argument("--max-batch", type=int, metavar="N", help="most sequences at once (default: 8)")
-    parser.add_argument("--prefill-chunk", type=int, metavar="N", help="most prompt tokens per step (default: 512)")
+    parser.add_argument("--max-batch", type=integer, metavar="N", help="most sequences at once (default: 8)")
+    parser.add_argument("--prefill-chunk", type=integer, metavar="N", help="most prompt tokens per step (default: 512)")
     parser.add_argument(
         "--group-size",
-        type=int,
+        type=integer,
         metavar="N",
         help="weights that share a scale (default: cpu and cuda 128 for int8, 32 for int4; else 128 for int4)",
     )
@@ -91,7 +100,10 @@ def add(commands: Commands) -> None:
         help="int4 (cpu, cuda): 4 bits for attention beside experts and the output head too, not 8",
     )
     parser.add_argument(
-        "--stages", type=int, metavar="N", help="cut the model at layer boundaries into N parts (cpu, cuda; default: 1)"
+        "--stages",
+        type=integer,
+        metavar="N",
+        help="cut the model at layer boundaries into N parts (cpu, cuda; default: 1)",
     )
     add_drop_tokens(parser)
     parser.add_argument("--force", action="store_true", help="replace an engine that stands at DIR")

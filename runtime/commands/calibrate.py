@@ -10,7 +10,16 @@ from pathlib import Path
 
 from gatework.plugins.engine_format import sha256
 from gatework.plugins.errors import GateworkError
-from gatework.runtime.commands.common import Commands, add_command, positive, read_text, require_build_tools
+from gatework.runtime.commands.common import (
+    Commands,
+    add_command,
+    check_writable,
+    integer,
+    number,
+    positive,
+    read_text,
+    require_build_tools,
+)
 from gatework.runtime.formatting import counted
 
 _ABOUT = """
@@ -38,11 +47,11 @@ def add(commands: Commands) -> None:
         "--tokens", type=positive, default=8192, metavar="N", help="of the text, from its start (default: 8192)"
     )
     parser.add_argument(
-        "--window", type=int, metavar="N", help="tokens run together (default: 512, or the model's context)"
+        "--window", type=integer, metavar="N", help="tokens run together (default: 512, or the model's context)"
     )
     parser.add_argument(
         "--smooth",
-        type=float,
+        type=number,
         metavar="ALPHA",
         help="balance activations and weights by SmoothQuant, for int8; 0.5 suits most models (default: do not)",
     )
@@ -80,11 +89,15 @@ def run(args: argparse.Namespace) -> int:
 def _check_out(out: Path, force: bool) -> None:
     """Raise where the file could not be written after all the work."""
     if out.is_symlink() or (out.exists() and not out.is_file()):
-        raise GateworkError(f"{out} is in the way", got="a folder, link or device", expected="a file to write")
+        raise GateworkError(
+            f"{out} is in the way",
+            got="a folder, link or device",
+            expected="a file to write",
+            fix="choose another --out",
+        )
     if out.exists() and not force:
         raise GateworkError(f"{out} exists", fix="pass --force to replace it")
-    if not out.parent.is_dir():
-        raise GateworkError(f"cannot write to {out.parent}", got="no such folder", fix="choose another --out")
+    check_writable(out)
 
 
 def _encode(checkpoint: Path, text: str) -> list[int]:

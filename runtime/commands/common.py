@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import textwrap
 from collections.abc import Callable
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
-from typing import TypeAlias
+from tempfile import TemporaryFile
+from typing import NoReturn, TypeAlias
 
 from gatework.plugins.errors import GateworkError
+from gatework.plugins.machine import MOST_THREADS
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 _BUILD_TOOLS = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "ml_dtypes", "tqdm")
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose refusals are one line, as all others are; the usage is a `--help` away."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print and exit with."""
+        raise GateworkError(message, fix=f"see `{self.prog} --help`")
 
 
 def add_command(
@@ -35,11 +47,39 @@ def add_command(
     return parser
 
 
+def integer(text: str) -> int:
+    """For argparse."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number") from None
+
+
 def positive(text: str) -> int:
     """An integer of at least 1, for argparse."""
-    value = int(text)
+    value = integer(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
+        raise argparse.ArgumentTypeError(f"got {value}; expected at least 1")
+    return value
+
+
+def number(text: str) -> float:
+    """For argparse."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a number") from None
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """The option of that name."""
+    parser.add_argument("--threads", type=_threads, metavar="N", help="CPU threads (default: all)")
+
+
+def _threads(text: str) -> int:
+    value = positive(text)
+    if value > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"got {value}; expected 1 to {MOST_THREADS}")
     return value
 
 
@@ -58,7 +98,7 @@ def add_drop_tokens(parser: argparse.ArgumentParser) -> None:
         "--drop-tokens",
         action="store_true",
         default=None,
-        help="experts drop the tokens of a step that are beyond their capacity, as OpenMoE's own code does (default: none is)",
+        help="experts drop what is beyond their capacity in a step, as OpenMoE's own code does (OpenMoE only; default: none)",
     )
 
 
@@ -70,13 +110,29 @@ def read_text(path: Path) -> str:
         raise GateworkError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
+def check_writable(path: Path) -> None:
+    """Raise where a file could not be written after all the work."""
+    fix = "make it, or write elsewhere"
+    try:
+        if not path.parent.is_dir():
+            raise GateworkError(f"cannot write {path}", got="no such folder", fix=fix)
+        if not path.exists():
+            TemporaryFile(dir=path.parent).close()
+        elif path.is_dir() or not os.access(path, os.W_OK):
+            got = "a folder" if path.is_dir() else "a file that is read-only"
+            raise GateworkError(f"cannot write {path}", got=got, fix="write elsewhere")
+    except OSError as error:
+        raise GateworkError(f"cannot write {path}", got=error.strerror, fix="write elsewhere") from None
+
+
 def memory_size(word: str) -> int:
-    """Bytes of "24GiB" or "80GB"."""
+    """Bytes of "24GiB" or "80GB", for argparse."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", word.strip(), re.IGNORECASE | re.ASCII)
-    if match is None:
-        raise GateworkError("this memory size cannot be read", got=repr(word), expected="a size such as 24GiB or 80GB")
-    number, unit, binary = match.groups()
-    return round(float(number) * (1024 if binary else 1000) ** _UNITS[unit.upper()])
+    number, unit, binary = ("0", "K", "") if match is None else match.groups()
+    nbytes = float(number) * (1024 if binary else 1000) ** _UNITS[unit.upper()]
+    if not 1 <= nbytes < inf:
+        raise argparse.ArgumentTypeError(f"got {word!r}; expected a size such as 24GiB or 80GB")
+    return round(nbytes)
 
 
 def require_build_tools(what: str) -> None:

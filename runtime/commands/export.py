@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gatework.plugins.engine_format import IN_PLACE
 from gatework.plugins.errors import GateworkError
-from gatework.runtime.commands.common import Commands, add_command, add_drop_tokens, require_build_tools
+from gatework.runtime.commands.common import Commands, add_command, add_drop_tokens, integer, require_build_tools
 from gatework.runtime.formatting import counted, size
 
 _ABOUT = """
@@ -24,7 +24,7 @@ _ABOUT = """
     Without --out, model.onnx goes into the checkpoint's folder and reads the files there. Every ONNX tool takes that; it has
     no manifest.
 
-    --golden writes inputs.json and outputs.json, the float32 reference's, in Polygraphy's format:
+    --golden writes inputs.json and outputs.json, the float32 reference's, in Polygraphy's format, of models without an encoder:
     polygraphy run DIR/model.onnx --onnxrt --load-inputs golden/inputs.json --load-outputs golden/outputs.json
 """
 _EXAMPLES = """
@@ -42,7 +42,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: into CKPT itself)")
     parser.add_argument("--link", action="store_true", help="share the checkpoint's files; on another disk: copy")
     parser.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default: float32)")
-    parser.add_argument("--max-seq", type=int, metavar="N", help="cache positions (default: the model's context)")
+    parser.add_argument("--max-seq", type=integer, metavar="N", help="cache positions (default: the model's context)")
     parser.add_argument("--all-logits", action="store_true", help="logits of every position, not only of the last")
     add_drop_tokens(parser)
     parser.add_argument(

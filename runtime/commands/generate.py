@@ -9,8 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gatework.plugins.errors import GateworkError
-from gatework.runtime.commands.common import Commands, add_command, add_stage_processes, positive, read_text
+from gatework.plugins.errors import GateworkError, option
+from gatework.runtime.commands.common import (
+    Commands,
+    add_command,
+    add_stage_processes,
+    add_threads,
+    integer,
+    number,
+    read_text,
+)
 
 if TYPE_CHECKING:
     from gatework.runtime.llm import LLM, Completion, Prompt
@@ -42,40 +50,49 @@ def add(commands: Commands) -> None:
     prompt.add_argument("--file", type=Path, metavar="FILE", help="continue the text of a file; - reads standard input")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-tokens", type=int, default=128, metavar="N", help="at most so many (default: 128)")
-    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the best (default: 0)")
-    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="of the K best tokens (default: all)")
-    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="of the best with mass P (default: 1)")
+    sampling.add_argument("--max-tokens", type=integer, default=128, metavar="N", help="at most so many (default: 128)")
+    sampling.add_argument("--temperature", type=number, default=0.0, metavar="T", help="0 takes the best (default: 0)")
+    sampling.add_argument("--top-k", type=integer, default=0, metavar="K", help="of the K best tokens (default: all)")
+    sampling.add_argument("--top-p", type=number, default=1.0, metavar="P", help="of the best with mass P (default: 1)")
     sampling.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="of those P times as likely as the best"
+        "--min-p", type=number, default=0.0, metavar="P", help="of those P times as likely as the best"
     )
-    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 discourages")
-    sampling.add_argument("--seed", type=int, metavar="N", help="of the random stream (default: a new one each time)")
+    sampling.add_argument("--repetition-penalty", type=number, default=1.0, metavar="R", help="above 1 discourages")
+    sampling.add_argument(
+        "--seed", type=integer, metavar="N", help="of the random stream (default: a new one each time)"
+    )
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be repeated")
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
     output = parser.add_argument_group("output")
     output.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
-    output.add_argument("--logprobs", type=int, metavar="N", help="list each token with its N best alternatives")
+    output.add_argument("--logprobs", type=integer, metavar="N", help="list each token with its N best alternatives")
     output.add_argument("--json", action="store_true", help="one JSON object per prompt and line")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
+    add_threads(parser)
     add_stage_processes(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate, and print."""
     from gatework.runtime.llm import LLM
-    from gatework.runtime.sampling import SamplingParams
 
     if args.system is not None and args.chat is None:
         raise GateworkError("--system goes with --chat", fix="add --chat TEXT")
-    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    params = SamplingParams(
-        **{name: getattr(args, name) for name in (*names, "seed", "stop", "ignore_eos", "logprobs")}
-    )
+    params = _sampling_params(args)
     texts = _texts(args)
     with LLM(args.engine, threads=args.threads, stage_processes=args.stage_processes) as llm:
         _generate(llm, args, texts, params)
     return 0
+
+
+def _sampling_params(args: argparse.Namespace) -> SamplingParams:
+    from gatework.runtime.sampling import SamplingParams
+
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "ignore_eos")
+    try:
+        return SamplingParams(**{name: getattr(args, name) for name in (*names, "logprobs")})
+    except GateworkError as error:  # which begins with the parameter's name
+        name, _, rest = str(error).partition(" ")
+        raise GateworkError(f"{option(name)} {rest}") from None
 
 
 def _generate(llm: LLM, args: argparse.Namespace, texts: list[str], params: SamplingParams) -> None:
@@ -93,7 +110,10 @@ def _generate(llm: LLM, args: argparse.Namespace, texts: list[str], params: Samp
 
 
 def _ids(text: str) -> list[int]:
-    return [int(word) for word in text.replace(",", " ").split()]
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected token ids such as 1,2,3") from None
 
 
 def _texts(args: argparse.Namespace) -> list[str]:

@@ -45,6 +45,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--fits",
+        type=_memories,
         default=_DEFAULT_SIZES,
         metavar="SIZES",
         help=f"memory sizes, comma-separated (default: {_DEFAULT_SIZES})",
@@ -54,12 +55,15 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Inspect, and print."""
-    memories = {word.strip(): memory_size(word) for word in args.fits.split(",")}
     is_engine = (args.path / engine_format.MANIFEST).is_file()
     config, facts = _read_engine(args.path) if is_engine else _read_checkpoint(args.path)
-    facts |= _sizes(config, facts.get("engine"), memories)
+    facts |= _sizes(config, facts.get("engine"), args.fits)
     print(json.dumps(facts) if args.json else _text(args.path, config, facts))
     return 0
+
+
+def _memories(words: str) -> dict[str, int]:
+    return {word.strip(): memory_size(word) for word in words.split(",")}
 
 
 def _read_engine(path: Path) -> tuple[ModelConfig, dict[str, Any]]:

@@ -10,12 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from gatework.plugins.errors import GateworkError
-from gatework.runtime.commands.common import Commands, add_command, positive, read_text, require_build_tools
+from gatework.runtime.commands.common import (
+    Commands,
+    add_command,
+    add_threads,
+    check_writable,
+    positive,
+    read_text,
+    require_build_tools,
+)
 
 _ABOUT = """
     Compare an engine with the PyTorch reference of the checkpoint that it was built from: every step inside every layer
     (keys and values, what the heads read, router logits, experts, the residual stream), then logits in prefill and in cached
-    decode, greedy tokens, KL divergence and, with --text, perplexity. Exit code 0: within all bounds; 1: not.
+    decode, greedy tokens, KL divergence and, with --text, perplexity. Exit code 0: within all bounds; 1: not;
+    2: nothing was compared, and one line says why.
 
     A step is judged on the engine's own inputs to it, so the report names where a fault enters, not where it shows. Its
     bound is one and a half times the error that the engine's number formats leave there, computed from the weights and
@@ -54,7 +63,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report here as a page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here as JSON")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write the report here as JUnit XML")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the engine (default: all)")
+    add_threads(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,10 +76,10 @@ def run(args: argparse.Namespace) -> int:
     from gatework.runtime.verify.junit import to_junit
 
     for path in (args.html, args.json, args.junit):
-        if path is not None and not path.parent.is_dir():
-            raise GateworkError(f"cannot write {path}", got="no such folder", fix="make it, or write elsewhere")
+        if path is not None:
+            check_writable(path)
     if args.work is not None and args.against is not None:
-        raise GateworkError("--work is for --reference", fix="leave it out")
+        raise GateworkError("--work is for --reference", got="--against", fix="leave --work out")
     settings: dict[str, Any] = {"work": args.work} if args.against is None else {}
     judge, other = (verify, args.reference) if args.against is None else (compare_engines, args.against)
     report = judge(

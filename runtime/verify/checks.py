@@ -18,6 +18,7 @@ from gatework.plugins.engine_format import encoder_taps, graph_taps
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import onnxruntime_version
 from gatework.plugins.moe import cpu_ops
+from gatework.runtime.backends.device import require_gpu
 from gatework.runtime.backends.open import check_runnable, module_of, module_version, open_backend, shows_inside
 from gatework.runtime.engine import Engine
 from gatework.runtime.verify.bounds import DEFAULT_BOUNDS, Bounds
@@ -125,14 +126,15 @@ def compare_engines(
     for name in ("family", *_SIZES, "moe", "drop_tokens"):
         ours, theirs = engine.model.get(name), other.model.get(name)
         if ours != theirs:
-            raise GateworkError(f"the engines differ in {name}", got=f"{ours} and {theirs}")
+            got, expected = f"{ours} and {theirs}", "two engines of one model"
+            raise GateworkError(f"the engines differ in {name}", got=got, expected=expected)
     if bounds is None:
         bounds = max(_default_bounds(engine), _default_bounds(other), key=lambda each: each.mean_kl or 0.0)
     taps = shows_inside(engine) and shows_inside(other)
     plan = make_plan(engine, text, prompts, tokens, window, taps=taps)
     longest = max(case.length for case in plan.cases)
     if longest > other.limits.max_seq:
-        expected, fix = f"at least {longest}", "ask for fewer tokens, or for a smaller window"
+        expected, fix = f"at least {longest}", f"gatework verify {other.path} --against {engine.path}"
         raise GateworkError(
             f"{other.path} takes shorter sequences", got=other.limits.max_seq, expected=expected, fix=fix
         )
@@ -198,8 +200,9 @@ def _bounds(engine: Engine, given: Bounds | None, *, has_text: bool) -> Bounds:
     judged = bounds if has_text else replace(bounds, perplexity=None)
     if judged == Bounds() and not shows_inside(engine):
         check_runnable(engine, 1)  # which is the worse news
-        got, fix = f"{engine.manifest['precision']}, no text, logits alone", "give --text, or bounds of your own"
-        raise GateworkError("nothing of this engine could be judged", got=got, fix=fix)
+        require_gpu()
+        got = f"{engine.manifest['precision']}, no text, logits alone"
+        raise GateworkError("nothing of this engine could be judged", got=got, fix="give --text FILE")
     return bounds
 
 

@@ -65,7 +65,9 @@ def make_plan(
 ) -> Plan:
     """The arguments of `verify` as token ids that fit the engine; with `taps` some of the cases are tapped."""
     if tokens < 1 or window < 2:
-        raise GateworkError("nothing to compare", got=f"tokens={tokens}, window={window}", expected="at least 1 and 2")
+        raise GateworkError(
+            "--tokens or --window is too small", got=f"{tokens} and {window}", expected="at least 1 and 2"
+        )
     max_seq = engine.limits.max_seq
     tokens = min(tokens, max(1, max_seq // 2))
     room = max_seq - tokens + 1
@@ -135,9 +137,8 @@ def _tap(cases: list[Case], order: list[int]) -> None:
 def _encode(engine: Engine, text: str) -> list[int]:
     tokenizer = load_tokenizer(engine.path)
     if tokenizer is None:
-        raise GateworkError(
-            "this engine has no tokenizer", fix="verify it without a text, or with prompts of token ids"
-        )
+        fix = "leave --text out, or build from a checkpoint with tokenizer files"
+        raise GateworkError("this engine has no tokenizer", got="a text", expected="token ids", fix=fix)
     return tokenizer.encode(text)
 
 

@@ -300,9 +300,9 @@ def test_the_window_is_the_models_context_at_most(tmp_path: Path) -> None:
         ([1, -1], {}, "a token id is out of range; got -1"),
         ([1, 2], {"window": 1}, "window is out of range; got 1; expected 2 to 64, the model's context"),
         ([1, 2], {"window": 65}, "window is out of range; got 65"),
-        ([1, 2], {"smooth": 0.0}, "alpha is out of range; got 0.0"),
-        ([1, 2], {"smooth": 1.0}, "alpha is out of range; got 1.0"),
-        ([1, 2], {"smooth": math.nan}, "alpha is out of range; got nan"),
+        ([1, 2], {"smooth": 0.0}, "--smooth is out of range; got 0.0"),
+        ([1, 2], {"smooth": 1.0}, "--smooth is out of range; got 1.0"),
+        ([1, 2], {"smooth": math.nan}, "--smooth is out of range; got nan"),
         ([1, 2], {"percentile": 0}, "percentile is out of range; got 0"),
     ],
 )

@@ -99,7 +99,12 @@ ROUTED = replace(DENSE, moe=MoEConfig(num_experts=5, top_k=3), eos_token_ids=(2,
         ({"dense_width": 64}, "dense_width"),
         ({"dense_layers": (0,), "moe": OWN_GATES}, "experts in every layer"),
         ({"expert_capacity": -1.0}, "expert_capacity"),
-        ({"drop_tokens": True}, "drop no tokens"),
+        ({"drop_tokens": True, "moe": MoEConfig(num_experts=4, top_k=1)}, "experts have no capacity beyond which"),
+        (
+            {"drop_tokens": True, "moe": MoEConfig(num_experts=4, top_k=1), "sequence_capacity": 64},
+            "drop tokens already, as its config says: each serves 64 of a prompt; got --drop-tokens",
+        ),
+        ({"drop_tokens": True}, "no experts that could drop tokens; got --drop-tokens; fix: leave --drop-tokens out"),
     ],
 )
 def test_impossible_value_is_refused_by_name(changes: dict[str, Any], named: str) -> None:

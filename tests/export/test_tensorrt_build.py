@@ -319,7 +319,10 @@ def test_a_plan_with_taps_gives_them(tmp_path: Path, model: str, precision: str)
             {"target": "a100", "precision": "int8", "taps": True},
             "with static scales shows nothing inside; got int8; expected bf16 or fp16 or int4",
         ),
-        ({"target": "cpu", "precision": "int8", "taps": True}, "taps is for TensorRT targets"),
+        (
+            {"target": "cpu", "precision": "int8", "taps": True},
+            "--taps is for TensorRT's targets; got --target cpu; fix: leave --taps out",
+        ),
         ({"target": "a100", "precision": "fp8"}, r"got a100 fp8; expected .*ada: bf16\|fp16\|fp8"),
         (
             {"target": "h100", "precision": "fp8"},
@@ -327,7 +330,7 @@ def test_a_plan_with_taps_gives_them(tmp_path: Path, model: str, precision: str)
         ),
         (
             {"target": "h100", "precision": "fp8", "toolchain": "tensorrt_rtx"},
-            "not built by this toolchain; got tensorrt_rtx",
+            "not built by this toolchain; got --toolchain tensorrt_rtx",
         ),
         (
             {"target": "a100", "precision": "int8"},
@@ -335,11 +338,11 @@ def test_a_plan_with_taps_gives_them(tmp_path: Path, model: str, precision: str)
         ),
         (
             {"target": "a100", "precision": "int4", "calibration": Path("x")},
-            "int4 has no static scales; got a calibration",
+            "int4 has no static scales; got --calibration",
         ),
         ({"target": "a100", "precision": "bf16", "strip_weights": True}, "needs a GPU; got none"),
         ({"target": "a100", "precision": "bf16", "group_size": 64}, "bf16 on a100 has no groups of weights; got .* 64"),
-        ({"target": "cpu", "precision": "int8", "plan_only": True}, "plan_only is for TensorRT targets"),
+        ({"target": "cpu", "precision": "int8", "plan_only": True}, "--plan-only is for TensorRT's targets"),
         (
             {"target": "a100", "precision": "int4", "device_memory": 10**5},
             "not fit the 0.1 MB of a100; got .*: weights",

@@ -146,13 +146,30 @@ def test_folder_without_a_model(refused: Refuse, tmp_path: Path) -> None:
     [
         (["--precision", "fp8"], "got cpu fp8; expected cpu: fp32|int8|int4"),
         (["--target", "v100"], "got v100 int8; expected cpu: fp32|int8|int4"),
-        (["--max-seq", "65"], "max_seq is out of range; got 65; expected 1 to 64"),
-        (["--max-batch", "0"], "max_batch is not positive"),
-        (["--group-size", "48"], "group size cannot be used; got 48"),
+        (["--max-seq", "65"], "--max-seq is out of range; got 65; expected 1 to 64"),
+        (["--max-batch", "0"], "--max-batch is out of range; got 0"),
+        (["--max-batch", "1" + "0" * 30], "--max-batch is out of range; got 1000"),
+        (["--stages", "0"], "--stages is out of range; got 0"),
+        (["--stages", "2"], "more stages than layers; got --stages 2; expected at most 1"),
+        (["--group-size", "48"], "--group-size cannot be used; got 48"),
+        (["--precision", "fp32", "--group-size", "32"], "got --group-size 32; fix: leave --group-size out"),
+        (
+            ["--strip-weights"],
+            "--strip-weights is for TensorRT's targets; got --target cpu; fix: leave --strip-weights",
+        ),
+        (["--drop-tokens"], "no capacity beyond which they could drop tokens; got --drop-tokens; fix: leave --drop"),
+        (["--precision", "int4", "--calibration-text", "/nowhere/x"], "/nowhere/x cannot be read: No such file"),
     ],
 )
 def test_impossible_builds(refused: Refuse, checkpoint: Path, options: list[str], message: str) -> None:
     assert message in refused("build", checkpoint, "--out", checkpoint.parent / "engine", *options)
+
+
+def test_golden_files_in_the_way(refused: Refuse, checkpoint: Path) -> None:
+    out = checkpoint.parent / "onnx"
+    for folder in (out, out / "golden"):
+        assert "--golden lies in --out" in refused("export", checkpoint, "--out", out, "--golden", folder)
+    assert "fix: choose another --golden" in refused("export", checkpoint, "--out", out, "--golden", checkpoint)
 
 
 def test_output_in_the_way(refused: Refuse, checkpoint: Path) -> None:
@@ -219,7 +236,8 @@ def test_engine_of_a_newer_format(refused: Refuse, engine: Path) -> None:
 def test_prompt_longer_than_max_seq(refused: Refuse, engine: Path, tmp_path: Path) -> None:
     ids = ",".join(["5"] * 17)
     err = refused("generate", engine, "--prompt-ids", ids)
-    assert "the prompt is too long; got 17 tokens; expected at most 16" in err
+    assert "the prompt is too long; got 17 tokens; expected at most 16; fix: shorten the prompt, or build" in err
+    assert "with a larger --max-seq, up to 1024" in err
     (tmp_path / "long.txt").write_text("def f():\n" * 50)
     for options in (["--file", tmp_path / "long.txt"], ["--prompt", "x", "--prompt", "x = 1\n" * 50]):
         assert "the prompt is too long" in refused("generate", engine, *options)
@@ -244,11 +262,16 @@ def test_empty_file(refused: Refuse, engine: Path, tmp_path: Path) -> None:
         (["--prompt-ids=-1"], "a token id is out of range; got -1"),
         (["--chat", "Hello"], "has no chat template"),
         (["--prompt", "x", "--system", "y"], "--system goes with --chat"),
-        (["--prompt", "x", "--temperature", "-1"], "temperature is not valid"),
-        (["--prompt", "x", "--top-p", "0"], "top_p is not valid"),
-        (["--prompt", "x", "--max-tokens", "0"], "max_tokens is not valid"),
-        (["--prompt", "x", "--stop", ""], "stop is not valid"),
+        (["--prompt", "x", "--temperature", "-1"], "error: --temperature is not valid"),
+        (
+            ["--prompt", "x", "--top-p", "0"],
+            "error: --top-p is not valid; got 0.0; expected a number above 0 and at most 1\n",
+        ),
+        (["--prompt", "x", "--max-tokens", "0"], "error: --max-tokens is not valid"),
+        (["--prompt", "x", "--stop", ""], "error: --stop is not valid"),
         (["--prompt", "\udce9"], "no UTF-8 form"),  # an argument in Latin-1
+        (["--prompt", "x", "--seed", "-1"], "error: --seed is not valid"),
+        (["--prompt", "x", "--stage-processes"], "fix: leave --stage-processes out, or build it with --stages N"),
         (["--file", "/nowhere/prompt.txt"], "/nowhere/prompt.txt: No such file or directory"),
     ],
 )
@@ -263,6 +286,17 @@ def test_file_that_is_no_text(refused: Refuse, engine: Path, tmp_path: Path) -> 
     assert "latin.txt is not UTF-8 text" in refused("verify", engine, *options)
 
 
+def test_reports_that_cannot_be_written_are_refused_at_once(refused: Refuse, tmp_path: Path) -> None:
+    for place, found in (
+        (tmp_path, "a folder"),
+        (tmp_path / "none" / "x", "no such folder"),
+        ("/proc/x", "No such file"),
+    ):
+        for kind in ("--html", "--json", "--junit"):
+            err = refused("verify", tmp_path, "--reference", tmp_path, kind, place)
+            assert f"cannot write {place}; got {found}" in err
+
+
 def test_text_without_a_tokenizer(refused: Refuse, engine: Path) -> None:
     def forget(manifest: dict[str, Any]) -> None:
         manifest["files"] = {name: facts for name, facts in manifest["files"].items() if "tokenizer" not in name}
@@ -270,8 +304,9 @@ def test_text_without_a_tokenizer(refused: Refuse, engine: Path) -> None:
     edit_json(engine / "manifest.json", forget)
     for file in engine.glob("tokenizer*"):
         file.unlink()
-    assert "this engine has no tokenizer; fix: give prompts as" in refused("generate", engine, "--prompt", "x")
-    assert "stop strings need a tokenizer" in refused("generate", engine, "--prompt-ids", "1", "--stop", "x")
+    options = ["--reference", TINY, "--text", TINY / "heldout.txt"]
+    err = refused("verify", engine, *options)
+    assert "this engine has no tokenizer; got a text; expected token ids; fix: leave --text out, or" in err
 
 
 def test_verifying_against_another_checkpoint(refused: Refuse, engine: Path, checkpoint: Path) -> None:

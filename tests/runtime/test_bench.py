@@ -102,10 +102,10 @@ def test_prompt_of_an_encoder_takes_no_new_tokens_places(encoding: Path) -> None
         ({"prompt_tokens": 60, "new_tokens": 10}, "do not fit this engine; got 60 and 10; .* 64 together"),
         ({"prompt_tokens": 64}, "do not fit this engine; got 64 and 1; "),
         ({"prompt_tokens": 65}, "the prompt is too long; got 65 tokens; expected at most 64"),
-        ({"prompt_tokens": 0}, "prompt_tokens is not positive"),
+        ({"prompt_tokens": 0}, "--prompt-tokens is not positive"),
         ({"new_tokens": 64}, "do not fit this engine; got 1 and 64"),
-        ({"batch": 4}, "batch is too large for this engine; got 4; expected at most 3"),
-        ({"repeat": 0}, "repeat is not positive"),
+        ({"batch": 4}, "--batch is too large for this engine; got 4; expected at most 3"),
+        ({"repeat": 0}, "--repeat is not positive"),
     ],
 )
 def test_what_does_not_fit_is_refused(engine: Path, options: dict[str, int], message: str) -> None:

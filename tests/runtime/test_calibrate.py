@@ -102,12 +102,19 @@ def test_ids_that_are_refused(refused: Refuse, mute: Path, tmp_path: Path, ids: 
         (["--tokens", 1], "the text is too short; got 1 tokens"),
         (["--window", 1], "window is out of range; got 1"),
         (["--window", 2**20], "window is out of range; got 1048576"),
-        (["--smooth", 1.5], "smoothing's alpha is out of range; got 1.5; expected between 0 and 1"),
-        (["--smooth", "nan"], "smoothing's alpha is out of range; got nan"),
+        (["--smooth", 1.5], "--smooth is out of range; got 1.5; expected between 0 and 1"),
+        (["--smooth", "nan"], "--smooth is out of range; got nan"),
     ],
 )
 def test_bad_options(refused: Refuse, tmp_path: Path, options: list[object], message: str) -> None:
     assert message in refused("calibrate", TINY, "--text", TEXT, "--out", tmp_path / "c.json", *options)
+
+
+@pytest.mark.parametrize(("name", "found"), [("none/c.json", "no such folder"), ("a" * 300, "File name too long")])
+def test_a_file_that_cannot_be_written_is_refused_at_once(
+    refused: Refuse, tmp_path: Path, name: str, found: str
+) -> None:
+    assert found in refused("calibrate", tmp_path, "--text", TEXT, "--out", tmp_path / name)
 
 
 def test_a_checkpoint_without_a_tokenizer(refused: Refuse, mute: Path, tmp_path: Path) -> None:
@@ -125,7 +132,7 @@ def test_output_in_the_way(refused: Refuse, tmp_path: Path) -> None:
         err = refused("calibrate", TINY, "--text", TEXT, "--out", place, "--force")
         assert f"{place} is in the way; got a folder, link or device; expected a file to write" in err
     err = refused("calibrate", TINY, "--text", TEXT, "--out", tmp_path / "none" / "c.json")
-    assert "none; got no such folder; fix: choose another --out" in err
+    assert "none/c.json; got no such folder; fix: make it, or write elsewhere" in err
 
 
 def test_an_interruption_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from gatework.runtime.cli import main
 from gatework.runtime.commands import bench as bench_command
 from gatework.runtime.formatting import counted, numbers, size
 from tests.checkpoints import DENSE_FIRST, EXPERTS_LAST, hf_config, make_checkpoint
+from tests.refusals import Refuse
 from tests.switch import switch_config
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-mixtral"
@@ -126,13 +127,26 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture) -> None:
         ["generate", "x"],
         ["generate", "x", "--prompt", "a", "--chat", "b"],
         ["generate", "x", "--prompt-ids", "1,two"],
+        ["generate", "x", "--prompt", "a", "--temperature", "hot"],
+        ["generate", "x", "--prompt", "a", "--threads", "257"],
+        ["verify", "x", "--reference", "y", "--threads", "257"],
+        ["build", "x", "--out", "y", "--max-seq", "many"],
+        ["build", "x", "--out", "y", "--device-memory", "0GB"],
+        ["inspect", "x", "--fits", "24GiB,lots"],
+        ["inspect", "x", "--fits", "9" * 400 + "GB"],
         ["bench", "x", "--repeat", "0"],
+        ["bench", "x", "y", "--fast"],
     ],
 )
-def test_usage_errors(argv: list[str], capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(argv)
-    assert "error:" in capsys.readouterr().err
+def test_usage_errors(argv: list[str], refused: Refuse) -> None:
+    command = argv[0] if argv and argv[0] in COMMANDS else None
+    assert refused(*argv).endswith(f"; fix: see `gatework{f' {command}' if command else ''} --help`\n")
+
+
+def test_a_bad_value_is_named_with_its_option(refused: Refuse) -> None:
+    assert "argument --batch: got 'two'; expected a whole number; fix" in refused("bench", "x", "--batch", "two")
+    assert "argument --batch: got 0; expected at least 1; fix" in refused("bench", "x", "--batch", "0")
+    assert "unknown arguments: y --fast; fix: see" in refused("bench", "x", "y", "--fast")
 
 
 # ---- build, export
@@ -270,6 +284,21 @@ def test_token_ids_without_a_tokenizer(mute: Path, run: Run) -> None:
     assert [int(word) for word in out.split()] == want
     out = run("generate", mute, "--prompt-ids", "1, 2, 3", "--max-tokens", 5, "--ignore-eos", "--logprobs", 0)
     assert [int(line.split()[0]) for line in out.splitlines()[1:]] == want
+
+
+def test_what_an_engine_without_a_tokenizer_takes(mute: Path, refused: Refuse) -> None:
+    for kind in ("--prompt", "--chat"):
+        assert "no tokenizer; got text; expected token ids; fix: give token ids (--prompt-ids 1,2,3)" in refused(
+            "generate", mute, kind, "x"
+        )
+    assert "fix: leave --stop out, or" in refused("generate", mute, "--prompt-ids", "1", "--stop", "x")
+
+
+def test_a_prompt_longer_than_the_models_context(mute: Path, refused: Refuse) -> None:
+    err = refused("generate", mute, "--prompt-ids", "5 " * 65)
+    assert (
+        "got 65 tokens; expected at most 64; fix: shorten the prompt: the engine has the model's whole context" in err
+    )
 
 
 # ---- inspect

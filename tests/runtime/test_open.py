@@ -76,10 +76,14 @@ def test_more_slots_than_the_plan_has(as_plan: Any) -> None:
 
 @without_gpu
 @pytest.mark.parametrize("tool", ["tensorrt", "tensorrt_rtx"])
-def test_without_a_gpu_a_plan_is_refused_in_one_line(as_plan: Any, refused: Refuse, tool: str) -> None:
-    line = refused("generate", as_plan(tool=tool), "--prompt-ids", "1,2")
+def test_without_a_gpu_a_plan_is_refused_in_one_line(
+    as_plan: Any, checkpoint: Path, refused: Refuse, tool: str
+) -> None:
+    plan = as_plan(tool=tool)
+    line = refused("generate", plan, "--prompt-ids", "1,2")
     assert "this engine runs on an NVIDIA GPU; got cudaError" in line
     assert "; expected a GPU and its driver; fix: run it on a machine with an NVIDIA GPU" in line
+    assert refused("verify", plan, "--reference", checkpoint) == line  # though without a text nothing could be judged
 
 
 @without_gpu

@@ -261,11 +261,11 @@ def test_an_llm_that_is_dropped_ends_its_stages(build: Build) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stages": 0}, "stages is not positive; got 0"),
-        ({"stages": LAYERS + 1}, "more stages than layers; got 5; expected at most 4"),
+        ({"stages": 0}, "--stages is out of range; got 0"),
+        ({"stages": LAYERS + 1}, "more stages than layers; got --stages 5; expected at most 4"),
         (
             {"stages": 2, "target": "a100", "precision": "bf16"},
-            "stages are for targets of ONNX Runtime; got target a100",
+            "--stages is for ONNX Runtime's targets; got --target a100",
         ),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def test_requests_that_cannot_be_met(sound: tuple[Path, Path]) -> None:
         verify(engine, path, prompts=[[1] * 60], tokens=8)
     with pytest.raises(GateworkError, match="out of range; expected 0 to 127"):
         verify(engine, path, prompts=[[128]])
-    with pytest.raises(GateworkError, match="nothing to compare"):
+    with pytest.raises(GateworkError, match="--tokens or --window is too small"):
         verify(engine, path, tokens=0)
 
 
@@ -211,6 +212,16 @@ def test_engines_against_each_other(sound: tuple[Path, Path], tmp_path: Path) ->
     assert not compare_engines(other, engine, tokens=4, bounds=Bounds(mean_kl=1e-9)).passed
     with pytest.raises(GateworkError, match="the engines differ in num_layers; got 2 and 1"):
         compare_engines(engine, build_engine(make_checkpoint(tmp_path, "mixtral", num_layers=1), tmp_path / "one"))
+
+
+def test_an_engine_that_takes_less_is_to_be_named_first(sound: tuple[Path, Path], tmp_path: Path) -> None:
+    _, engine = sound
+    less = Path(shutil.copytree(engine, tmp_path / "less"))
+    manifest = json.loads((less / "manifest.json").read_text())
+    manifest["limits"]["max_seq"] = 16
+    (less / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(GateworkError, match=f"got 16; .*; fix: gatework verify {less} --against {engine}$"):
+        compare_engines(engine, less)
 
 
 def test_portable_onnx_is_verified_too(sound: tuple[Path, Path], tmp_path: Path) -> None:
