@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import signal
 import sys
@@ -37,6 +38,8 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names and texts may have what its encoding lacks
     with _cleaning_up_on_termination(), _warnings_in_one_line():
         try:
             args, unknown = _parser().parse_known_args(argv)
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"unknown arguments: {' '.join(unknown)}", fix=f"see `gatework {args.command} --help`"
                 )
             status: int = args.run(args)
-            sys.stdout.flush()
+            print(end="", flush=True)
             return status
         except GateworkError as error:
             return _fail(str(error))
@@ -130,7 +133,7 @@ def _is_lack_of_memory(error: Exception) -> bool:
 def _drop_output() -> None:
     """Send what is still buffered for standard output nowhere: Python would fail on it once more at exit."""
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)
     except (OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

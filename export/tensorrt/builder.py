@@ -208,9 +208,6 @@ def _load_timing_cache(config: Any, path: Path | None) -> Any:
     """Attach the measured kernel times of earlier builds; a cache of another version or device is ignored by TensorRT."""
     if path is None:
         return None
-    if path.is_dir():
-        fix = "choose another --timing-cache"
-        raise GateworkError(f"{path} is in the way", got="a folder", expected="a file to write", fix=fix)
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if cache is not None:
         config.set_timing_cache(cache, ignore_mismatch=False)

@@ -49,10 +49,14 @@ class Preflight:
 def preflight(config: ModelConfig, options: BuildOptions, compiler: Compiler) -> Preflight:
     """Sizes of a build, from the model's description alone.
 
-    Raises GateworkError, naming what would fit, when the device cannot hold the engine; a build of the plan only goes on.
+    Raises GateworkError, naming what would fit, when the device cannot hold the engine; a build of the plan only goes on. And
+    where a folder is in the way of the timing cache.
     """
     if options.strip_weights:  # TensorRT-RTX as well compiles refittable plans through CUDA only
         require_gpu("compiling a plan with --strip-weights")
+    if options.timing_cache is not None and options.timing_cache.is_dir():
+        what, fix = f"{options.timing_cache} is in the way", "choose another --timing-cache"
+        raise GateworkError(what, got="a folder", expected="a file to write", fix=fix)
     assert options.max_seq is not None
     if (length := config.within(options.max_seq).ntk_length) is not None:
         what = "plans have no dynamic NTK, which this model takes beyond the length it was trained on"

@@ -122,6 +122,8 @@ def _texts(args: argparse.Namespace) -> list[str]:
         return args.prompt or []
     if str(args.file) != "-":
         return [read_text(args.file)]
+    if sys.stdin is None:
+        raise GateworkError("standard input is closed", fix="give --prompt TEXT, or --file with a file's name")
     try:
         return [sys.stdin.read()]
     except UnicodeDecodeError as error:

@@ -24,7 +24,7 @@ _ABOUT = """
     Compare an engine with the PyTorch reference of the checkpoint that it was built from: every step inside every layer
     (keys and values, what the heads read, router logits, experts, the residual stream), then logits in prefill and in cached
     decode, greedy tokens, KL divergence and, with --text, perplexity. Exit code 0: within all bounds; 1: not;
-    2: nothing was compared, and one line says why.
+    2: a mistake in use, told in one line.
 
     A step is judged on the engine's own inputs to it, so the report names where a fault enters, not where it shows. Its
     bound is one and a half times the error that the engine's number formats leave there, computed from the weights and
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     writers = ((args.html, to_html), (args.json, _to_json), (args.junit, to_junit))
     for path, write in writers:
         if path is not None:
-            path.write_text(write(found), encoding="utf-8")
+            path.write_text(write(found), encoding="utf-8", errors="backslashreplace")  # a path may be no text
     return 0 if report.passed else 1
 
 

@@ -341,6 +341,10 @@ def test_a_plan_with_taps_gives_them(tmp_path: Path, model: str, precision: str)
             "int4 has no static scales; got --calibration",
         ),
         ({"target": "a100", "precision": "bf16", "strip_weights": True}, "needs a GPU; got none"),
+        (
+            {"target": "a100", "precision": "bf16", "timing_cache": Path("/")},
+            "/ is in the way; got a folder; expected a file to write; fix: choose another --timing-cache",
+        ),
         ({"target": "a100", "precision": "bf16", "group_size": 64}, "bf16 on a100 has no groups of weights; got .* 64"),
         ({"target": "cpu", "precision": "int8", "plan_only": True}, "--plan-only is for TensorRT's targets"),
         (

@@ -108,6 +108,23 @@ def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture) -> Non
     assert f"examples:\n  gatework {command} " in out
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            "build",
+            "with an encoder (Switch Transformer) take no --target cuda, --calibration-text, --stages, --strip-weights",
+        ),
+        ("export", "in Polygraphy's format, of models without an encoder"),
+        ("verify", "1: not;\n2: a mistake in use"),
+    ],
+)
+def test_help_tells_limits(command: str, words: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert words in capsys.readouterr().out
+
+
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
@@ -410,6 +427,21 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_text_that_the_output_cannot_hold_is_escaped(tmp_path: Path) -> None:
+    (tmp_path / "é").mkdir()
+    (tmp_path / "é" / "params.json").write_text(MIXTRAL)
+    done = process("inspect", tmp_path / "é", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path}/\\xe9: ")
+
+
+def test_closed_streams(mute: Path, refused: Refuse, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input is closed; fix: give --prompt" in refused("generate", mute, "--file", "-")
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["inspect", str(mute)]) == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full: output to a full disk is not tried")
