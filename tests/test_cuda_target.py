@@ -199,7 +199,7 @@ def test_dense_experts_of_odd_width_are_refused(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"precision": "fp8"}, r"got cuda fp8; expected .*cuda: fp32\|bf16\|fp16\|int8\|int4"),
-        ({"precision": "int8", "group_size": 256}, "group size cannot be used; got 256; expected 32, 64 or 128"),
+        ({"precision": "int8", "group_size": 256}, "--group-size cannot be used; got 256; expected 32, 64 or 128"),
         ({"precision": "bf16", "group_size": 64}, "bf16 on cuda has no groups of weights"),
         ({"precision": "bf16", "plan_only": True}, "--plan-only is for TensorRT's targets; got --target cuda"),
         (

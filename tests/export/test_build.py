@@ -143,10 +143,10 @@ def test_force_replaces_an_engine_only(tmp_path: Path) -> None:
     [
         ({"target": "v100", "precision": "fp8"}, "cpu: fp32"),
         ({"precision": "fp8"}, "cpu: fp32"),
-        ({"group_size": 48}, "group size"),
-        ({"max_seq": 65}, "max_seq"),
-        ({"max_seq": 0}, "max_seq"),
-        ({"max_batch": 0}, "max_batch"),
+        ({"group_size": 48}, "--group-size cannot be used; got 48"),
+        ({"max_seq": 65}, "--max-seq is out of range; got 65"),
+        ({"max_seq": 0}, "--max-seq is out of range; got 0"),
+        ({"max_batch": 0}, "--max-batch is out of range; got 0"),
     ],
 )
 def test_impossible_requests_are_refused_before_any_work(

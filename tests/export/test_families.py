@@ -670,7 +670,7 @@ def test_qwen2_moe() -> None:
 def test_mpt_goes_past_its_own_context() -> None:
     assert fit_length(read(MPT), None) == 2048
     assert fit_length(read(MPT), 65_536) == 65_536
-    with pytest.raises(GateworkError, match="max_seq"):
+    with pytest.raises(GateworkError, match="--max-seq is out of range; got 2049"):
         fit_length(read(PHI), 2049)
 
 

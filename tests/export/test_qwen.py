@@ -145,7 +145,7 @@ def test_calibration_takes_windows_beyond_the_trained_length(golden: dict[str, n
     ("target", "precision", "message"),
     [
         ("cuda", "bf16", r"dynamic NTK has not been tried on this target; .* fix: --max-seq 16, or --target cpu"),
-        ("a100", "bf16", r"plans have no dynamic NTK, .*; got max_seq 64; fix: --max-seq 16, or --target cpu"),
+        ("a100", "bf16", r"plans have no dynamic NTK, .*; got a context of 64; fix: --max-seq 16, or --target cpu"),
     ],
 )
 def test_longer_engines_for_gpus_are_refused(tmp_path: Path, target: str, precision: str, message: str) -> None:
