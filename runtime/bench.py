@@ -145,7 +145,9 @@ def _fitting(engine: Engine, prompt_tokens: int | None, new_tokens: int | None) 
     if new_tokens > room:
         together = f"{max_seq} and {room}, at most" if engine.has_encoder else f"{max_seq} together, at most"
         got, fix = f"{prompt_tokens} and {new_tokens}", "ask for fewer, or build the engine with a larger --max-seq"
-        raise GateworkError("--prompt-tokens and --new-tokens do not fit this engine", got=got, expected=together, fix=fix)
+        raise GateworkError(
+            "--prompt-tokens and --new-tokens do not fit this engine", got=got, expected=together, fix=fix
+        )
     return prompt_tokens, new_tokens
 
 
