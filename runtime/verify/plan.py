@@ -70,7 +70,7 @@ def make_plan(
         )
     max_seq = engine.limits.max_seq
     tokens = min(tokens, max(1, max_seq // 2))
-    room = max_seq - tokens + 1
+    room = max_seq if engine.has_encoder else max_seq - tokens + 1
     rng = np.random.default_rng(0)
     text_ids = [] if text is None else _encode(engine, text)
     if text is not None and len(text_ids) < _LEAST_TEXT:
