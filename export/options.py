@@ -30,7 +30,8 @@ class BuildOptions:
 
     For TensorRT only. toolchain: None chooses. calibration: file that holds the activations' ranges. strip_weights: leave the
     dense weights out of the plan. plan_only: leave the experts unpacked; the engine cannot run. timing_cache: file shared by
-    builds. device_memory: bytes; None: the target's. taps: the plan gives up what it computes inside its layers.
+    builds. device_memory: bytes; None: the target's. taps: the plan gives up what it computes inside its layers. weight_only:
+    no activation is rounded; for fp8 of models with experts, which then are all that is stored in 8 bits.
     """
 
     target: str
@@ -50,6 +51,7 @@ class BuildOptions:
     timing_cache: Path | None = None
     device_memory: int | None = None
     taps: bool = False
+    weight_only: bool = False
 
     def __post_init__(self) -> None:
         target = target_for(self.target, self.precision)
@@ -63,6 +65,8 @@ class BuildOptions:
         if self.taps and target.capability is not None and self.precision not in TAPPED:
             what, fix = "a plan with static scales shows nothing inside", "leave --taps out: verify compares its logits"
             raise GateworkError(what, got=self.precision, expected=" or ".join(TAPPED), fix=fix)
+        if self.weight_only and self.precision != "fp8":
+            raise GateworkError("weight_only is for fp8", got=self.precision, fix="leave it out")
         if self.calibration_text is not None and self.precision not in TEXT_ROUNDED:
             what, expected = "a text helps no weights of this precision", " or ".join(TEXT_ROUNDED)
             raise GateworkError(what, got=self.precision, expected=expected, fix="leave --calibration-text out")
@@ -108,8 +112,11 @@ class BuildOptions:
         """The same with limits that the model has: max_seq is set, and prefill_chunk at most that.
 
         Raises:
-            GateworkError: a max_seq beyond the model's, more stages than layers, or what is not there for encoders.
+            GateworkError: a max_seq beyond the model's, more stages than layers, or what is not there for encoders, or without
+                experts.
         """
+        if self.weight_only and config.moe is None:
+            raise GateworkError("weight_only is for experts", got="a model without", fix="leave it out")
         if config.encoder_layers:
             self._check_encoder()
         if self.calibration_text is not None and (

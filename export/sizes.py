@@ -91,21 +91,29 @@ def caches(config: ModelConfig) -> int:
     return 2 if config.encoder_layers else 1
 
 
-def gpu_weight_bytes(config: ModelConfig, precision: str, group: int) -> tuple[int, int]:
-    """Bytes of (dense weights, expert weights) as a GPU engine of that precision stores them, scales included."""
-    tensors = _gpu_tensor_bytes(config, precision, group)
+def gpu_weight_bytes(
+    config: ModelConfig, precision: str, group: int, *, weight_only: bool = False
+) -> tuple[int, int]:
+    """Bytes of (dense weights, expert weights) as a GPU engine of that precision stores them, scales included.
+
+    weight_only: of fp8, see BuildOptions.
+    """
+    tensors = _gpu_tensor_bytes(config, precision, group, dense="bf16" if weight_only else precision)
     experts = sum(nbytes for name, nbytes in tensors.items() if _EXPERTS in name or _EXPERT_BIASES in name)
     return sum(tensors.values()) - experts, experts
 
 
-def _gpu_tensor_bytes(config: ModelConfig, precision: str, group: int) -> dict[str, int]:
+def _gpu_tensor_bytes(
+    config: ModelConfig, precision: str, group: int, *, dense: str | None = None
+) -> dict[str, int]:
+    """dense: precision of what is no expert's, where it is another."""
     shapes = config.tensor_shapes()
     if config.tie_embeddings and precision in ("int8", "int4"):
         shapes["lm_head.weight"] = shapes["embed.weight"]  # a quantised copy
     return {
         name: _gpu_expert_bytes(shape, precision, group)
         if _EXPERTS in name
-        else _gpu_dense_bytes(name, shape, precision, group, experts=config.moe is not None)
+        else _gpu_dense_bytes(name, shape, dense or precision, group, experts=config.moe is not None)
         for name, shape in shapes.items()
     }
 

@@ -134,6 +134,7 @@ def lower_to_tensorrt(
     group: int = 0,
     scales: Scales | None = None,
     blocks: Mapping[str, int] = NO_BLOCKS,
+    weight_only: bool = False,
 ) -> ir.Model:
     """Rewrite a canonical graph, in place, to what TensorRT compiles; with the MoE's function body any ONNX runtime runs it.
 
@@ -143,6 +144,7 @@ def lower_to_tensorrt(
         group: weights that share a scale, for int4.
         scales: of activations and weights, for int8 and fp8.
         blocks: weights stored as codes, which stay what they are where they can; see `quantize_products`.
+        weight_only: for fp8: no activation is rounded, so that experts alone are stored in it.
 
     Post: products and experts are in the precision asked for; routers are float32, all else has the graph's own type.
     """
@@ -151,7 +153,7 @@ def lower_to_tensorrt(
     else:
         model, _ = hoist_last_position(model)
     model, _ = to_plain_softcap(model)
-    model, _ = quantize_experts(model, WEIGHT_FORMATS[precision], group, blocks)
-    if precision == "fp8" or precision == "int8" or precision == "int4":
+    model, _ = quantize_experts(model, WEIGHT_FORMATS[precision], group, blocks, keep_activations=weight_only)
+    if (precision == "fp8" and not weight_only) or precision == "int8" or precision == "int4":
         model, _ = quantize_products(model, precision, group=group, scales=scales, blocks=blocks)
     return tidy(model)

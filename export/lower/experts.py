@@ -32,13 +32,21 @@ def attributes_of(node: ir.Node) -> MoEAttributes:
     return MoEAttributes.from_onnx({name: attribute.value for name, attribute in node.attributes.items()})
 
 
-def with_format(attributes: MoEAttributes, weight_format: WeightFormat, group: int) -> MoEAttributes:
+def with_format(
+    attributes: MoEAttributes, weight_format: WeightFormat, group: int, *, keep_activations: bool = False
+) -> MoEAttributes:
     """The settings with other weights: int4 has a scale per `group` neighbours, other formats one per row."""
-    return replace(attributes, weight_format=weight_format, group_size=group if weight_format == "int4" else 0)
+    group = group if weight_format == "int4" else 0
+    return replace(attributes, weight_format=weight_format, group_size=group, keep_activations=keep_activations)
 
 
 def quantize_experts(
-    model: ir.Model, weight_format: WeightFormat, group: int, blocks: Mapping[str, int]
+    model: ir.Model,
+    weight_format: WeightFormat,
+    group: int,
+    blocks: Mapping[str, int],
+    *,
+    keep_activations: bool = False,
 ) -> tuple[ir.Model, bool]:
     """Store every MoE's weights in `weight_format`.
 
@@ -47,14 +55,13 @@ def quantize_experts(
 
     Args:
         blocks: weights stored as codes, with the neighbours that share a scale; whole rows of int8 stay what they are.
+        keep_activations: see MoEAttributes.
     """
     nodes = moe_nodes(model) if weight_format != "dense" else []
     for node in nodes:
         attributes = attributes_of(node)
         assert attributes.weight_format == "dense"
-        attributes = replace(
-            attributes, weight_format=weight_format, group_size=group if weight_format == "int4" else 0
-        )
+        attributes = with_format(attributes, weight_format, group, keep_activations=keep_activations)
         for attribute in ir.convenience.convert_attributes(attributes.to_onnx()):
             node.attributes.add(attribute)
         node.resize_inputs(len(INPUTS))

@@ -115,7 +115,7 @@ def to_packed_moe(model: ir.Model, *, bits: int, group: int, blocks: Mapping[str
         fc1 = add_packed(model.graph, _experts_in(w_in, attributes.matrices, I, bits, size, keep=keep_in))
         fc2 = add_packed(model.graph, _experts_out(w_out, I, bits, size, keep=keep_out))
         settings: dict[str, Any] = attributes.to_onnx()
-        for name in ("weight_format", "capacity_rule", "second_threshold"):
+        for name in ("weight_format", "capacity_rule", "second_threshold", "keep_activations"):
             del settings[name]
         settings |= {"bits": bits, "group_size": size, "hidden_size": D, "expert_width": I, "num_experts": E}
         biases = () if b_in is None else (_bias_in(model.graph, b_in, attributes.matrices, I), b_out)

@@ -71,7 +71,14 @@ def write_graphs(
     models = {PLAN: model} | ({ENCODER_PLAN: encoder} if encoder is not None else {})
     blocks = stored_blocks(checkpoint)
     for each in models.values():
-        lower_to_tensorrt(each, precision, group=options.group, scales=scales, blocks=blocks)  # type: ignore[arg-type]
+        lower_to_tensorrt(
+            each,
+            precision,  # type: ignore[arg-type]
+            group=options.group,
+            scales=scales,
+            blocks=blocks,
+            weight_only=options.weight_only,
+        )
     if options.taps:
         show_taps(model, config)
     facts = weight_facts(model, config, encoder)

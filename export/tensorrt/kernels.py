@@ -29,7 +29,8 @@ def largest_call(config: ModelConfig, options: BuildOptions) -> LargestCall:
     assert config.moe is not None
     sizes = MoESizes(most_tokens(config, options), config.hidden_size, config.moe.num_experts, config.intermediate_size)
     weight_format = WEIGHT_FORMATS[options.precision]  # type: ignore[index]
-    attributes = with_format(moe_attributes(config), weight_format, options.group)
+    kept = options.weight_only
+    attributes = with_format(moe_attributes(config), weight_format, options.group, keep_activations=kept)
     return LargestCall(sizes, attributes, "float16" if options.precision == "fp16" else "bfloat16")
 
 

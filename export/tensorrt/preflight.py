@@ -78,7 +78,7 @@ def _megabytes(nbytes: int) -> str:
 
 def _measure(config: ModelConfig, options: BuildOptions, compiler: Compiler) -> Preflight:
     assert options.max_seq is not None and options.device.memory is not None
-    dense, experts = gpu_weight_bytes(config, options.precision, options.group)
+    dense, experts = gpu_weight_bytes(config, options.precision, options.group, weight_only=options.weight_only)
     tables = _ROPE_TABLES * options.max_seq * config.rotary_dim // 2 * GPU_VALUE
     tables += config.vocab_size * config.hidden_size * GPU_VALUE if config.encoder_layers else 0  # both plans embed
     return Preflight(
@@ -124,5 +124,6 @@ def _alternatives(config: ModelConfig, options: BuildOptions, compiler: Compiler
     batches = (batch for batch in (1 << n for n in range(12, -1, -1)) if batch < options.max_batch)
     if (batch := next((batch for batch in batches if fits(max_batch=batch)), None)) is not None:
         words.append(f"--max-batch {batch}")
-    words += [f"--precision {each}" for each in options.device.precisions if fits(precision=each, calibration=None)]
+    plain = {"calibration": None, "weight_only": False}
+    words += [f"--precision {each}" for each in options.device.precisions if fits(precision=each, **plain)]
     return " or ".join(words) or "use a larger device, or --plan-only for the plan alone"

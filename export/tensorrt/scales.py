@@ -40,10 +40,15 @@ class StaticScales:
         return max(float((part if factors is None else balance_columns(part, factors)).abs().max()) for part in parts)
 
 
-def static_products(config: ModelConfig, precision: str) -> list[str]:
+def has_static_scales(options: BuildOptions) -> bool:
+    """Whether plans of these options round activations with static scales, if there are products to do it for."""
+    return options.precision in LARGEST and not options.weight_only
+
+
+def static_products(config: ModelConfig, options: BuildOptions) -> list[str]:
     """The dense products whose inputs are rounded with static scales; under fp8 a model may have none."""
-    experts, all_of_them = config.moe is not None, precision != "fp8"
-    names = dense_products(config) if precision in LARGEST else ()
+    experts, all_of_them = config.moe is not None, options.precision != "fp8"
+    names = dense_products(config) if has_static_scales(options) else ()
     return [name for name in names if all_of_them or not fine(name, experts=experts)]
 
 
@@ -53,14 +58,13 @@ def load_scales(checkpoint: Checkpoint, options: BuildOptions) -> StaticScales:
     Raises GateworkError when products with static scales have none, unless only a plan is wanted, and when a precision without
     them is given one.
     """
-    if options.calibration is not None and options.precision not in LARGEST:
+    if options.calibration is not None and not has_static_scales(options):
+        what = f"{options.precision}{' with --weight-only' if options.weight_only else ''} has no static scales"
         fix = "leave --calibration out"
-        raise GateworkError(
-            f"{options.precision} has no static scales", got="--calibration", expected=" or ".join(LARGEST), fix=fix
-        )
+        raise GateworkError(what, got="--calibration", expected=" or ".join(LARGEST), fix=fix)
     if options.calibration is not None:
         return StaticScales(checkpoint, Calibration.load(options.calibration, checkpoint))
-    if static_products(checkpoint.config, options.precision) and not options.plan_only:
+    if static_products(checkpoint.config, options) and not options.plan_only:
         fix = f"gatework calibrate {checkpoint.path} --text FILE --out calibration.json, then --calibration calibration.json"
         raise GateworkError(f"{options.precision} on {options.target} needs the ranges of activations", fix=fix)
     return StaticScales(checkpoint, None)

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     major, minor = torch.cuda.get_device_capability()
-    formats = [each for each in args.formats if each != "fp8" or (major, minor) >= (8, 9)]
+    formats = [each for each in args.formats if not each.startswith("fp8") or (major, minor) >= (8, 9)]
     if args.tune:
         for line in tune.table(args.tune, formats, args.tokens):
             print(line, flush=True)

@@ -20,12 +20,14 @@ class Format(NamedTuple):
     group_size: int
     dtype: torch.dtype
     largest_error: float
+    keep_activations: bool = False
 
 
 FORMATS = {
     "bf16": Format("dense", 0, torch.bfloat16, 1e-2),
     "fp16": Format("dense", 0, torch.float16, 1e-2),
     "fp8": Format("fp8_e4m3", 0, torch.bfloat16, 4e-2),
+    "fp8-weight-only": Format("fp8_e4m3", 0, torch.bfloat16, 1e-2, keep_activations=True),
     "int8": Format("int8", 0, torch.bfloat16, 2e-2),
     "int4": Format("int4", 128, torch.bfloat16, 1e-2),
 }
@@ -47,19 +49,21 @@ SHAPES = {
         MoEAttributes(top_k=2, glu="three_way", renormalize=False, capacity_factor=2.0, min_capacity=4),
     ),
 }
-FP16_SHAPE = "mixtral"  # elsewhere it would tell what bf16 tells
+# Formats that are measured with one shape: elsewhere they would tell what bf16 tells.
+WITH_ONE_SHAPE = {"fp16": "mixtral", "fp8-weight-only": "mixtral"}
 TINY = Shape(MoESizes(1, 64, 8, 64), MoEAttributes(top_k=2))
 
 
 def formats_of(shape: str, asked: Iterable[str]) -> list[str]:
     """Those that are measured with a shape."""
-    return [name for name in asked if name != "fp16" or shape == FP16_SHAPE]
+    return [name for name in asked if WITH_ONE_SHAPE.get(name, shape) == shape]
 
 
 def with_format(attributes: MoEAttributes, name: str) -> MoEAttributes:
     """The same operator on weights of a format of FORMATS."""
-    weight_format, group, *_ = FORMATS[name]
-    return MoEAttributes.from_dict(attributes.to_dict() | {"weight_format": weight_format, "group_size": group})
+    weight_format, group, *_, keep_activations = FORMATS[name]
+    stored = {"weight_format": weight_format, "group_size": group, "keep_activations": keep_activations}
+    return MoEAttributes.from_dict(attributes.to_dict() | stored)
 
 
 def random_weights(shape: Shape, attributes: MoEAttributes, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ CHECKED = (1, 64, 4096)  # tokens for which the error is taken
 ONE_CODE = ("mixtral", 4096)  # shape and tokens for `bench_one_code`
 STACK_LAYERS, STACK_BYTES = 32, 48e9
 COPIED, WIDTH = 2 << 30, 8192  # bytes copied, and the side of dense products, for the limits
-RATES = {"fp16": "bf16", "int4": "bf16"}  # the format whose products they are
+RATES = {"fp16": "bf16", "int4": "bf16", "fp8-weight-only": "bf16"}  # the format whose products they are
 
 
 def variants(sm: int, shapes: Iterable[str], formats: Iterable[str], tokens: Iterable[int]) -> set[Variant]:
@@ -286,7 +286,7 @@ def errors_of(
     shape: Shape, tokens: tuple[int, ...], weights: dict[str, Tensor], attributes: MoEAttributes, name: str
 ) -> dict[Any, Any]:
     """By T: ||y - reference|| / ||reference||, the reference in float32 on dequantised weights, and whether it passes."""
-    dense = MoEAttributes.from_dict(attributes.to_dict() | {"weight_format": "dense", "group_size": 0})
+    dense = with_format(attributes, "bf16")
     wide = {each: dequantized(weights, each, attributes) for each in ("w_in", "w_out")}
     found = {}
     for T in tokens:

@@ -48,6 +48,7 @@ capacity_factor > 0 limits an expert to floor(K * capacity_factor * T / E) choic
 first choices in token order, then second choices, and so on; a choice beyond the limit contributes 0. With
 capacity_rule gshard the limit is floor(capacity_factor * T / E), at most T and at least min_capacity, second choices whose
 weight is at most second_threshold are dropped, and the others stand behind the first choices that were kept.
+keep_activations changes nothing here: it forbids kernels to round x and h to 8 bits where the weights have 8 bits.
 """
 
 

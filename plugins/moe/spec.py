@@ -56,7 +56,10 @@ ATTRIBUTE_KINDS: dict[str, Literal["INT", "FLOAT", "STRING"]] = {
     "limit": "FLOAT",
     "capacity_rule": "STRING",
     "second_threshold": "FLOAT",
+    "keep_activations": "INT",
 }
+FLAGS = ("renormalize", "keep_activations")
+EIGHT_BITS = ("fp8_e4m3", "int8")
 INPUTS = ("x", "router_logits", "w_in", "w_out", "b_in", "b_out", "w_in_scale", "w_out_scale")
 REQUIRED_INPUTS = 4
 
@@ -79,6 +82,8 @@ class MoEAttributes:
     capacity_rule: choices: slots are counted over all choices, dropped or not; gshard: see `reference.kept_gshard`.
     second_threshold: for gshard: a second choice counts where its weight is above it; below 0 always, from 1 on never. Kept as
         a float32.
+    keep_activations: for weights of 8 bits with one scale per row: their products take activations in x's type however many
+        tokens there are. Otherwise kernels may round activations to 8 bits, which the definition never does.
     """
 
     top_k: int
@@ -95,19 +100,25 @@ class MoEAttributes:
     limit: float = 0.0
     capacity_rule: CapacityRule = "choices"
     second_threshold: float = -1.0
+    keep_activations: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("top_k", 1), ("group_size", 0), ("min_capacity", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise GateworkError(f"MoE {name} is out of range", got=repr(value), expected=f"an integer >= {least}")
-        if not isinstance(self.renormalize, bool):
-            raise GateworkError("MoE renormalize is not a bool", got=repr(self.renormalize), expected="True or False")
+        for name in FLAGS:
+            if not isinstance(value := getattr(self, name), bool):
+                raise GateworkError(f"MoE {name} is not a bool", got=repr(value), expected="True or False")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise GateworkError(f"unknown MoE {name}", got=repr(getattr(self, name)), expected=" or ".join(known))
         if self.weight_format == "dense" and self.group_size:
             raise GateworkError("MoE group_size needs quantised weights", got=self.group_size, expected="0 if dense")
+        if self.keep_activations and (self.weight_format not in EIGHT_BITS or self.group_size):
+            got, expected = self.weight_format, " or ".join(EIGHT_BITS)
+            got += f" in groups of {self.group_size}" if self.group_size else ""
+            raise GateworkError("MoE keep_activations is for rows of 8 bits", got=got, expected=expected)
         factor = self.capacity_factor
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < 1e6:
             raise GateworkError("MoE capacity_factor is out of range", got=repr(factor), expected="0 (dropless) to 1e6")
@@ -188,16 +199,17 @@ class MoEAttributes:
 
     def to_onnx(self) -> dict[str, int | float | str]:
         """Values of the ONNX attributes, of the kinds in ATTRIBUTE_KINDS."""
-        return self.to_dict() | {"renormalize": int(self.renormalize)}
+        return self.to_dict() | {name: int(getattr(self, name)) for name in FLAGS}
 
     @classmethod
     def from_onnx(cls, values: Mapping[str, Any]) -> MoEAttributes:
         """Rebuild from ONNX attribute values (strings may be bytes); attributes left out take the schema's defaults."""
         plain = {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
-        flag = plain.get("renormalize", 1)
-        if flag not in (0, 1):
-            raise GateworkError("MoE renormalize is not a flag", got=repr(flag), expected="0 or 1")
-        return cls.from_dict(plain | {"renormalize": bool(flag)})
+        flags = {name: plain[name] for name in FLAGS if name in plain}
+        for name, flag in flags.items():
+            if flag not in (0, 1):
+                raise GateworkError(f"MoE {name} is not a flag", got=repr(flag), expected="0 or 1")
+        return cls.from_dict(plain | {name: bool(flag) for name, flag in flags.items()})
 
 
 class MoESizes(NamedTuple):

@@ -78,12 +78,13 @@ def _moe(
     limit: float,
     capacity_rule: str,
     second_threshold: float,
+    keep_activations: bool,
 ) -> Tensor:
     routing = {"top_k": top_k, "scoring": scoring, "renormalize": renormalize}
     routing |= {"capacity_factor": capacity_factor, "min_capacity": min_capacity}
     routing |= {"capacity_rule": capacity_rule, "second_threshold": second_threshold}
     expert = {"activation": activation, "glu": glu, "weight_format": weight_format, "group_size": group_size}
-    expert |= {"alpha": alpha, "beta": beta, "limit": limit}
+    expert |= {"alpha": alpha, "beta": beta, "limit": limit, "keep_activations": keep_activations}
     inputs = (x, router_logits, w_in, w_out, b_in, b_out, w_in_scale, w_out_scale)
     return _eager(dict(zip(INPUTS, inputs, strict=True)), MoEAttributes.from_dict(routing | expert))
 

@@ -7,7 +7,7 @@
     hidden          [T*K, I] activation   h of each row
     expert_out      [T*K, D] float32      the expert's unweighted output, in row t*K + j
 
-and where matrices are multiplied in 8 bits (weight_format fp8_e4m3, int8), with x = code * scale:
+and where matrices are multiplied in 8 bits (weight_format fp8_e4m3, int8, but for keep_activations), with x = code * scale:
 
     x_codes         [T, D]       1 byte   x_scale       [T]    float32
     hidden_codes    [T*K, P, I]  1 byte   hidden_scale  [T*K]  float32
@@ -51,7 +51,8 @@ def buffers(sizes: MoESizes, attributes: MoEAttributes, itemsize: int) -> dict[s
         "hidden": ((T * K, I), itemsize),
         "expert_out": ((T * K, D), 4),
     }
-    if (parts := HIDDEN_CODES.get(attributes.weight_format)) is not None:
+    parts = HIDDEN_CODES.get(attributes.weight_format)
+    if parts is not None and not attributes.keep_activations:
         table |= {
             "x_codes": ((T, D), 1),
             "x_scale": ((T,), 4),

@@ -66,7 +66,7 @@ _SETTINGS: tuple[str, ...] = (
     "toolchain",
     "calibration",
 )
-_SETTINGS += ("strip_weights", "plan_only", "timing_cache", "device_memory", "taps")
+_SETTINGS += ("strip_weights", "plan_only", "timing_cache", "device_memory", "taps", "weight_only")
 
 
 def add(commands: Commands) -> None:
@@ -120,6 +120,13 @@ def _add_gpu_options(parser: argparse.ArgumentParser) -> None:
     gpu = parser.add_argument_group("TensorRT targets")
     gpu.add_argument(
         "--calibration", type=Path, metavar="FILE", help="ranges of activations, from `gatework calibrate`"
+    )
+    gpu.add_argument(
+        "--weight-only",
+        action="store_true",
+        default=None,
+        help="fp8 of models with experts that rounds no activation: long prompts are computed as finely as decode, at the speed of "
+        "bf16; experts alone have 8 bits, and nothing needs --calibration",
     )
     gpu.add_argument("--toolchain", help="tensorrt or tensorrt_rtx (default: the first that can build here)")
     gpu.add_argument(

@@ -61,6 +61,7 @@ def check(
         for name, value in inputs.items()
     }
     coded = attributes.weight_format in ("int8", "fp8_e4m3") and not attributes.group_size and len(inputs["x"]) > 16
+    coded = coded and not attributes.keep_activations
     # Weights with a scale for each group may be rounded to the dtype before they are multiplied.
     sums = ROUNDED[dtype] if attributes.group_size else tolerances.sums
     if coded and attributes.weight_format == "fp8_e4m3":
@@ -151,6 +152,7 @@ FORMATS = [
     ("fp8_e4m3", 0),
     ("fp8_e4m3", 64),
 ]
+KEPT = ("fp8_e4m3", "int8")  # formats that can do without 8-bit x and hidden
 # At 16 tokens a step has a whole group, above it half of one; the last group of each row is not full.
 GROUPS_OF_128 = list(product([("int4", 128), ("int8", 128)], (1, 33, 65)))
 # T, E, K, D, I and whether one expert takes every token: ragged, odd, with more experts than tokens and fewer.
@@ -189,6 +191,11 @@ def _stored(top_k: int, weight_format: Any, group_size: int = 0) -> MoEAttribute
     return MoEAttributes(top_k=top_k, weight_format=weight_format, group_size=group_size)
 
 
+def kept(top_k: int, weight_format: Any) -> MoEAttributes:
+    """One of KEPT, with x and hidden as they are."""
+    return MoEAttributes(top_k=top_k, weight_format=weight_format, keep_activations=True)
+
+
 _LARGE = (700, 8, 2, 512, 768, False)
 _DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16")
 _WEIGHTS = ("dense", "fp8_e4m3", "int8", "int4")
@@ -198,6 +205,8 @@ CHECKED = [
     *(Case(attributes, 33, 5, 50, 37, "float16", bias=True) for attributes in ARITHMETIC),
     *(Case(_stored(3, *f), T, 3, 75, 70, dtype) for f, T, dtype in product(FORMATS, (1, 16, 33, 65), _DTYPES)),
     *(Case(_stored(3, *f), T, 3, 160, 144, "bfloat16") for f, T in GROUPS_OF_128),
+    *(Case(kept(3, f), T, 3, 75, 70, dtype) for f, T, dtype in product(KEPT, (33, 65), _DTYPES)),
+    *(Case(kept(2, f), 700, 8, 512, 768, "bfloat16", bias=True) for f in KEPT),
     *(
         Case(_stored(K, weights), T, E, D, I, "bfloat16", bias=True, skewed=skewed)
         for weights, (T, E, K, D, I, skewed) in product(_WEIGHTS, [*LOADS, _LARGE])

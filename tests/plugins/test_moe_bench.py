@@ -43,7 +43,7 @@ def test_dequantised_weights_are_the_definitions(name: str) -> None:
     weights = {k: v for k, v in inputs.items() if k.startswith("w_")}
     given = {
         k: torch.from_numpy(v.view(np.uint8)).view(torch.float8_e4m3fn)
-        if v.dtype.itemsize == 1 and name == "fp8"
+        if v.dtype.itemsize == 1 and name.startswith("fp8")
         else torch.from_numpy(v)
         for k, v in weights.items()
     }
@@ -61,7 +61,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return 1e-3
 
     def moe(x: Tensor, logits: Tensor, attributes: MoEAttributes, **weights: Tensor) -> Tensor:
-        dense = MoEAttributes.from_dict(attributes.to_dict() | {"weight_format": "dense", "group_size": 0})
+        dense = bench_layers.with_format(attributes, "bf16")
         wide = {name: bench_layers.dequantized(weights, name, attributes) for name in ("w_in", "w_out")}
         return operator(x.float(), logits, attributes=dense, **wide).to(x.dtype)
 
@@ -92,7 +92,7 @@ def test_every_measurement_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for name in bench_layers.formats_of(shape, bench_layers.FORMATS)
         for T in tokens
     }
-    assert len(wanted) == 3 * (5 + 4)
+    assert len(wanted) == 3 * (6 + 4)
     assert {(case["shape"], case["format"], case["tokens"]) for case in report["cases"]} == wanted
     for case in report["cases"]:
         assert case.get("passed") == (True if case["tokens"] != 5 else None)

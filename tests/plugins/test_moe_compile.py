@@ -18,8 +18,11 @@ from gatework.plugins.moe.spec import MoEAttributes, MoESizes
 
 FEW, SOME, MANY = 16, 64, 4096
 MIXTRAL = MoESizes(T=MANY, D=4096, E=8, I=14336)
-FORMATS = [("dense", 0), ("int8", 0), ("int4", 128), ("fp8_e4m3", 0)]
-TARGETS = [(sm, *each) for sm in (80, 90) for each in FORMATS if (sm, each[0]) != (80, "fp8_e4m3")]
+FORMATS: list[dict[str, Any]] = [{"weight_format": each} for each in ("dense", "int8", "fp8_e4m3")]
+FORMATS += [{"weight_format": "int4", "group_size": 128}]
+FORMATS += [{"weight_format": each, "keep_activations": True} for each in ("int8", "fp8_e4m3")]
+TARGETS = [(sm, each) for sm in (80, 90) for each in FORMATS if (sm, each["weight_format"]) != (80, "fp8_e4m3")]
+OTHERS = [(89, FORMATS[2]), (89, FORMATS[-1]), (120, FORMATS[0]), (120, FORMATS[1]), (120, FORMATS[-1])]
 # What multiplies in tiles of 64 rows and more.
 WARPGROUP = {
     "dense": "wgmma.mma_async.sync.aligned.m64n{}k16.f32.bf16.bf16",
@@ -67,16 +70,17 @@ def products(sm: int, attributes: MoEAttributes, T: int, dtype: Any = "bfloat16"
     return [launch.variant for launch in listed if launch.variant.kernel.startswith("gemm")]
 
 
-@pytest.mark.parametrize(("sm", "weight_format", "group_size"), TARGETS)
-def test_instructions(sm: int, weight_format: Any, group_size: int) -> None:
-    attributes = MoEAttributes(top_k=2, weight_format=weight_format, group_size=group_size)
+@pytest.mark.parametrize(("sm", "stored"), TARGETS)
+def test_instructions(sm: int, stored: dict[str, Any]) -> None:
+    attributes = MoEAttributes(top_k=2, **stored)
+    multiplied = "dense" if attributes.keep_activations else attributes.weight_format
     for T in (FEW, SOME, MANY):
         for variant in products(sm, attributes, T):
             kernel, ptx, ttgir = compiled(variant, sm)
             constants = dict(variant.constants)
-            expected = WARP["dense"] if T == FEW else WARP.get(weight_format)
+            expected = WARP["dense"] if T == FEW else WARP.get(multiplied)
             if sm == 90 and T > FEW:
-                expected = WARPGROUP[weight_format].format(constants["BN"])
+                expected = WARPGROUP[multiplied].format(constants["BN"])
             found = set(re.findall(r"\b(?:wgmma\.mma_async|mma)\.sync\.[\w.]+", ptx))
             assert found == {expected}, (T, variant.kernel, found)
             assert "cp.async.cg.shared.global" in ptx, "weights must arrive in the background"
@@ -109,11 +113,9 @@ def test_gates_on_groups_do_not_spill(shape: str) -> None:
         assert kernel.spills == 0, (T, kernel.registers, kernel.spills)
 
 
-@pytest.mark.parametrize(
-    ("sm", "weight_format", "group_size"), [*TARGETS, (89, "fp8_e4m3", 0), (120, "dense", 0), (120, "int8", 0)]
-)
-def test_every_kernel_fits_and_is_deterministic(sm: int, weight_format: Any, group_size: int) -> None:
-    attributes = MoEAttributes(top_k=2, weight_format=weight_format, group_size=group_size, capacity_factor=1.0)
+@pytest.mark.parametrize(("sm", "stored"), [*TARGETS, *OTHERS])
+def test_every_kernel_fits_and_is_deterministic(sm: int, stored: dict[str, Any]) -> None:
+    attributes = MoEAttributes(top_k=2, capacity_factor=1.0, **stored)
     for variant in variants(sm, MIXTRAL, attributes, "bfloat16"):
         kernel, ptx, _ = compiled(variant, sm)
         assert kernel.spills == 0

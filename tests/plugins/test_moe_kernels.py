@@ -16,12 +16,14 @@ from tests.plugins.moe_checks import (
     FORMATS,
     GROUPS_OF_128,
     INTERPRETED,
+    KEPT,
     LOADS,
     ROUTINGS,
     Dtype,
     Run,
     check,
     check_routing,
+    kept,
 )
 from tests.plugins.moe_interpreter import interpret, interpreter
 
@@ -47,6 +49,15 @@ def test_formats(run: Run, dtype: Dtype, weight_format: Any, group_size: int, T:
     """All kinds of tiles: 3 choices among 3 experts make 65 tokens many."""
     attributes = MoEAttributes(top_k=3, weight_format=weight_format, group_size=group_size)
     check(run, attributes, random_inputs(attributes, T, E=3, D=75, I=70), dtype)
+
+
+@pytest.mark.parametrize(("dtype", "T"), [("bfloat16", 17), ("bfloat16", 65), ("float16", 33)])
+@pytest.mark.parametrize("weight_format", KEPT)
+def test_kept_activations(run: Run, weight_format: Any, dtype: Dtype, T: int) -> None:
+    """In steps of many tokens as in those of few: nothing is off by more than what is rounded to the dtype."""
+    attributes = kept(3, weight_format)
+    got = check(run, attributes, random_inputs(attributes, T, E=3, D=75, I=70, bias=True), dtype)
+    assert "x_codes" not in got
 
 
 @pytest.mark.parametrize(("format_and_group", "T"), GROUPS_OF_128)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,10 @@ SETTINGS = [
     for weight_format in CHOICES["weight_format"]
     for group_size in ((0,) if weight_format == "dense" else (0, 8, 128))
     if sm >= 90 or weight_format != "fp8_e4m3"
+]
+SETTINGS += [
+    (sm, MoEAttributes(top_k=2, weight_format=weight_format, keep_activations=True))  # type: ignore[arg-type]
+    for sm, weight_format in ((80, "int8"), (90, "fp8_e4m3"), (120, "fp8_e4m3"))
 ]
 
 
@@ -53,6 +58,8 @@ def test_kernels_in_order() -> None:
         "gemm_out",
         "combine",
     ]
+    kept = replace(int8, keep_activations=True)
+    assert kernels(launches(90, sizes, kept, "bfloat16")) == kernels(launches(90, few, int8, "bfloat16"))
     assert launches(90, sizes._replace(T=0), dense, "bfloat16") == ()
 
 
@@ -108,7 +115,7 @@ def test_buffers_exist_and_are_written_before_they_are_read(sm: int, attributes:
             known |= written
         coded = {"x_codes", "x_scale", "hidden_codes", "hidden_scale"}
         eight_bit = attributes.weight_format in ("int8", "fp8_e4m3") and attributes.group_size == 0
-        unused = set() if eight_bit and T > 16 else coded
+        unused = set() if (eight_bit and T > 16) or attributes.keep_activations else coded
         assert known - {"y"} == set(INPUTS) - absent | set(buffers(sizes, attributes, 2)) - unused
 
 

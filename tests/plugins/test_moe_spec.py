@@ -36,6 +36,9 @@ SHAPES: dict[str, tuple[int, ...]] = {"x": (7, 24), "router_logits": (7, 5), "w_
         ({"top_k": 2.0}, "top_k"),
         ({"scoring": "topk"}, "softmax or sigmoid"),
         ({"renormalize": 1}, "renormalize"),
+        ({"keep_activations": 1, "weight_format": "int8"}, "keep_activations is not a bool"),
+        ({"keep_activations": True}, "keep_activations is for rows of 8 bits; got dense; expected fp8_e4m3 or int8"),
+        ({"keep_activations": True, "weight_format": "int8", "group_size": 32}, "got int8 in groups of 32"),
         ({"activation": "swish"}, "silu or gelu or gelu_tanh or relu"),
         ({"glu": "gated"}, "none or two_way or three_way"),
         ({"weight_format": "int2"}, "dense or fp8_e4m3 or int8 or int4"),
@@ -65,7 +68,10 @@ def test_is_frozen_and_slotted() -> None:
     assert not hasattr(FULL, "__dict__")
 
 
-@pytest.mark.parametrize("attributes", [FULL, MoEAttributes(top_k=1), *attribute_grid()[::7]])
+KEPT = MoEAttributes(top_k=2, weight_format="fp8_e4m3", keep_activations=True)
+
+
+@pytest.mark.parametrize("attributes", [FULL, KEPT, MoEAttributes(top_k=1), *attribute_grid()[::7]])
 def test_round_trips(attributes: MoEAttributes) -> None:
     assert MoEAttributes.from_dict(json.loads(json.dumps(attributes.to_dict()))) == attributes
     assert MoEAttributes.from_onnx(attributes.to_onnx()) == attributes
@@ -78,7 +84,7 @@ def test_onnx_kinds() -> None:
     values = FULL.to_onnx()
     assert list(values) == list(ATTRIBUTE_KINDS)
     assert all(type(values[name]) is python[kind] for name, kind in ATTRIBUTE_KINDS.items())
-    assert values["renormalize"] == 0
+    assert values["renormalize"] == values["keep_activations"] == 0
 
 
 def test_unknown_and_missing_names_are_refused() -> None:
@@ -88,6 +94,8 @@ def test_unknown_and_missing_names_are_refused() -> None:
         MoEAttributes.from_dict({})
     with pytest.raises(GateworkError, match="renormalize"):
         MoEAttributes.from_onnx({"top_k": 2, "renormalize": 2})
+    with pytest.raises(GateworkError, match="keep_activations is not a flag; got 2; expected 0 or 1"):
+        MoEAttributes.from_onnx(KEPT.to_onnx() | {"keep_activations": 2})
 
 
 def test_capacity_factor_is_a_float32() -> None:

@@ -50,6 +50,8 @@ def test_mixtral_by_hand() -> None:
     }
     int8 = layout(mixtral(8), MoEAttributes(top_k=2, weight_format="int8"), 2)
     assert (int8.offsets, int8.total) == (offsets | quantised, 984576)
+    kept = MoEAttributes(top_k=2, weight_format="fp8_e4m3", keep_activations=True)
+    assert layout(mixtral(8), kept, 2) == dense
     twice = 16 * 14336  # fp8 has two codes for each number of hidden
     fp8 = layout(mixtral(8), MoEAttributes(top_k=2, weight_format="fp8_e4m3"), 2)
     assert fp8.offsets == offsets | quantised | {"hidden_scale": 984320 + twice}

@@ -11,7 +11,8 @@ the buffers in the workspace (`workspace`) and of `y`, by these names, and 32-bi
     some tokens   (T <= 64)  tiles of 64 rows: still once
     many tokens              tiles of 64 rows, or of 128 where experts have so many on average
 
-Above 16 tokens, int8 and fp8 weights with one scale per row are multiplied by x in 8 bits, with a scale per token.
+Above 16 tokens, int8 and fp8 weights with one scale per row are multiplied by x in 8 bits, with a scale per token, unless
+the operator's keep_activations says otherwise: then they are converted as for few tokens.
 Tiles were chosen for sm_80 and sm_90; sm_89 and sm_120, with 99 KiB per block, use those of sm_80.
 """
 
@@ -94,7 +95,9 @@ class Setting(NamedTuple):
     @property
     def in_codes(self) -> bool:
         """x and hidden are quantised to 8 bits."""
-        return self.attributes.weight_format in LARGEST and not self.attributes.group_size and self.sizes.T > FEW
+        attributes = self.attributes
+        eight_bits = attributes.weight_format in LARGEST and not attributes.group_size
+        return eight_bits and not attributes.keep_activations and self.sizes.T > FEW
 
     @property
     def parts(self) -> int:
@@ -320,8 +323,9 @@ def _tile(setting: Setting, matrices: int) -> Tile:
     many = _many(setting.sizes, attributes)
     if many > setting.sizes.T:
         return Tile(64, 32 if crowded or matrices > 2 else 64, BK, 4, 3)
-    # Groups' partial sums, and fp8's, take as many registers again as the sums.
-    most = 1 if setting.in_codes and attributes.weight_format == "fp8_e4m3" else 0 if attributes.group_size else 2
+    # Groups' partial sums, and fp8's, take as many registers again as the sums; converted weights take some.
+    crowding = attributes.weight_format == "fp8_e4m3" or attributes.keep_activations
+    most = 0 if attributes.group_size else 1 if crowding else 2
     wide = setting.sm == 90 and matrices <= most
     return Tile(128, 128 if wide else 32 if crowded else 64, BK, 8, 3)
 
