@@ -7,8 +7,9 @@ bf16 is the reference decoder in bfloat16. The others compute in float32 with ex
 activations of a TensorRT engine; what an engine rounds to bfloat16 in between is not rounded. Experts of fp8 and int8 round
 their activations too, with a scale per token, in steps of many tokens: x to one code, and what the second matrix reads to one
 in int8 and to two in fp8, the second of what the first left. In steps of up to 16 tokens they do without, as do the rows
-"few tokens"; int4 rounds no activation anywhere. "weights as they are" rounds activations alone. "by text" are weights
-that `gatework build --calibration-text` rounded with knowledge of the calibration text, all of it.
+"few tokens"; int4 rounds no activation anywhere, nor does fp8 built with `--weight-only`, whose dense products have 16 bits.
+"weights as they are" rounds activations alone. "by text" are weights that `gatework build --calibration-text` rounded with
+knowledge of the calibration text, all of it.
 
 First the simulation, without the rounding in experts, is compared with the graph that TensorRT gets, run by ONNX Runtime.
 Perplexity is that of `gatework verify`. Ends with one JSON line.
@@ -62,8 +63,10 @@ ALPHA = 0.5  # SmoothQuant's
 GROUP = GPU_GROUPS["int4"]
 SIMULATED = ("fp8", "int8", "int8 smoothed", "int4")
 AGREE = 1e-4  # mean KL of simulation and graph: codes that float32 puts on either side of a rounding boundary make 1e-6
+WEIGHT_ONLY = "weight-only"
 ROWS = (
-    *("bf16", "fp8", "fp8, few tokens", "fp8, weights as they are", "fp8 by text", "fp8 by text, few tokens"),
+    *("bf16", "fp8", "fp8, few tokens", "fp8, weight-only", "fp8, weights as they are"),
+    *("fp8 by text", "fp8 by text, few tokens", "fp8 by text, weight-only"),
     *("int8", "int8, few tokens", "int8 smoothed", "int4", "int4 by text"),
 )
 Logits = Callable[[list[int]], np.ndarray]  # [S] -> [S, V]
@@ -169,7 +172,7 @@ def simulate(
             decoder.get_parameter(norm).copy_(balance_norm(decoder.get_parameter(norm), calibration.smooth[norm]))
             columns |= dict.fromkeys(names, calibration.smooth[norm])
     for name in dense_products(config):
-        if kind == "fp8" and fine(name, experts=config.moe is not None):
+        if kind == "fp8" and (WEIGHT_ONLY in row or fine(name, experts=config.moe is not None)):
             continue
         weight = decoder.get_parameter("embed.weight" if name == HEAD and config.tie_embeddings else name)
         w = balance_columns(weight, columns[name]) if name in columns else weight
@@ -299,7 +302,7 @@ def main() -> None:
         if row == "bf16":
             got = run(load_decoder(checkpoint, WINDOW, dtype=torch.bfloat16, all_logits=True))
         else:
-            bare, by_text = "few tokens" in row or row.startswith("int4"), None
+            bare, by_text = "few tokens" in row or WEIGHT_ONLY in row or row.startswith("int4"), None
             if "by text" in row:
                 options = BuildOptions(target="h100", precision=row.split()[0])
                 by_text = RoundedCheckpoint.of(checkpoint, options, text_ids)

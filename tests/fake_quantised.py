@@ -79,14 +79,21 @@ def round_groups(w: Tensor, group: int, *, positive: bool) -> Tensor:
 class FakeQuantised:
     """transformers' float32 model of a checkpoint in a precision; experts' activations are not rounded.
 
-    group: of int4. calibration: of int8 and fp8, with SmoothQuant's factors if it has any.
+    group: of int4. calibration: of int8 and fp8, with SmoothQuant's factors if it has any. weight_only: of fp8: experts alone.
     errors: by product, the largest difference from `known` inputs, over the largest magnitude of the input.
     """
 
     def __init__(
-        self, path: Path, precision: Precision, *, group: int = 0, calibration: Calibration | None = None
+        self,
+        path: Path,
+        precision: Precision,
+        *,
+        group: int = 0,
+        calibration: Calibration | None = None,
+        weight_only: bool = False,
     ) -> None:
         self.model, self.precision, self.group, self.calibration = reference_model(path), precision, group, calibration
+        self.weight_only = weight_only
         self.has_experts = Checkpoint.open(path).config.moe is not None
         self.known: dict[str, Tensor] = {}
         self.errors: dict[str, float] = {}
@@ -112,7 +119,7 @@ class FakeQuantised:
 
     def kept(self, name: str) -> bool:
         """Whether a dense product is not rounded at all."""
-        return self.precision == "fp8" and self.spared(name)
+        return self.precision == "fp8" and (self.weight_only or self.spared(name))
 
     def _round_products(self) -> None:
         places: dict[str, list[Tensor]] = defaultdict(list)  # by canonical name, the rows that hold it

@@ -49,6 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("mpt-clip", {}),
     "gpt-oss": ("gpt-oss", {}),
 }
+WEIGHT_ONLY = "fp8 weight-only"
 PRECISIONS = ("bf16", "fp8", "int8", "int8 smoothed", "int4")
 
 
@@ -70,13 +71,15 @@ class Case:
 
     def oracle(self, precision: str) -> FakeQuantised:
         kind: Any = precision.split()[0]
-        return FakeQuantised(self.checkpoint.path, kind, group=GROUP, calibration=self.calibrations.get(precision))
+        settings: dict[str, Any] = {"group": GROUP, "weight_only": precision == WEIGHT_ONLY}
+        return FakeQuantised(self.checkpoint.path, kind, calibration=self.calibrations.get(precision), **settings)
 
     def write(self, folder: Path, precision: str) -> onnx.ModelProto:
         """The lowered graph, written to `folder`; it is returned without its weights."""
         kind: Any = precision.split()[0]
         scales = StaticScales(self.checkpoint, self.calibrations.get(precision))
-        model = lower_to_tensorrt(self.traced.clone(), kind, group=GROUP if kind == "int4" else 0, scales=scales)
+        settings: dict[str, Any] = {"group": GROUP if kind == "int4" else 0, "weight_only": precision == WEIGHT_ONLY}
+        model = lower_to_tensorrt(self.traced.clone(), kind, scales=scales, **settings)
         add_function_body(model)
         write_model(model, self.checkpoint, folder)
         return onnx.load(folder / "model.onnx", load_external_data=False)
@@ -165,6 +168,14 @@ def test_lowered_graph_equals_fake_quantised_transformers(case: Case, precision:
     assert found.keys() == {*rounded, *steps}
     worst = max(found, key=lambda what: found[what])
     assert all(error <= RELATIVE for error in found.values()), f"{worst}: {found[worst]:.2e}, tolerance {RELATIVE:.0e}"
+
+
+@pytest.mark.parametrize("case", ["qwen2_moe"], indirect=True)
+def test_fp8_of_experts_alone(case: Case, tmp_path: Path) -> None:
+    """Beside a dense layer and a shared expert, which are not rounded."""
+    found = differences(Graph(case.write(tmp_path, WEIGHT_ONLY), tmp_path), case.oracle(WEIGHT_ONLY))
+    assert found.keys() == {"prefill", *(f"decode at {at}" for at in range(PROMPT, LENGTH))}
+    assert max(found.values()) <= RELATIVE, found
 
 
 def rewrite(model: onnx.ModelProto, folder: Path, tensor: str, change: Callable[[np.ndarray], np.ndarray]) -> None:

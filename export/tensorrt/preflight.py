@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from gatework.export.config import ModelConfig
 from gatework.export.options import BuildOptions
@@ -124,6 +124,8 @@ def _alternatives(config: ModelConfig, options: BuildOptions, compiler: Compiler
     batches = (batch for batch in (1 << n for n in range(12, -1, -1)) if batch < options.max_batch)
     if (batch := next((batch for batch in batches if fits(max_batch=batch)), None)) is not None:
         words.append(f"--max-batch {batch}")
-    plain = {"calibration": None, "weight_only": False}
-    words += [f"--precision {each}" for each in options.device.precisions if fits(precision=each, **plain)]
+    of_precision = ("calibration", "calibration_text", "group_size", "taps", "weight_only")
+    plain = {each.name: each.default for each in fields(BuildOptions) if each.name in of_precision}
+    others = (each for each in options.device.precisions if each != options.precision)
+    words += [f"--precision {each}" for each in others if fits(precision=each, **plain)]
     return " or ".join(words) or "use a larger device, or --plan-only for the plan alone"

@@ -229,6 +229,20 @@ def test_experts(
         assert {name: node.attributes[name].value for name in NODE_ATTRIBUTES} == NODE_ATTRIBUTES
 
 
+def test_fp8_of_experts_alone() -> None:
+    """No activation is rounded, and no scale asked for: what is no expert's stays as it is, a shared expert's too."""
+    assert MOE.moe is not None
+    config, scales = replace(MOE, moe=replace(MOE.moe, shared_width=48)), FixedScales()
+    model = lower_to_tensorrt(traced(config).clone(), "fp8", scales=scales, weight_only=True)
+    assert scales.asked == []
+    assert not {node.op_type for node in model.graph} & {"QuantizeLinear", "DequantizeLinear"}
+    dense = {name: node for name, node in products(model).items() if ".router." not in name}
+    assert len(dense) == 3 * (4 + 2) + 1
+    assert all(dtypes(node) == [ir.DataType.BFLOAT16] * 2 for node in dense.values())
+    kept = [attributes_of(node) for node in moe_nodes(model)]
+    assert [(each.weight_format, each.keep_activations) for each in kept] == [("fp8_e4m3", True)] * 3
+
+
 def dtypes_of(node: ir.Node, start: int, stop: int) -> set[ir.DataType | None]:
     return {value.dtype for value in node.inputs[start:stop] if value is not None}
 

@@ -10,12 +10,14 @@ import sys
 import time
 from collections import Counter
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
 from gatework import LLM
@@ -25,6 +27,7 @@ from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import ModelConfig
 from gatework.export.options import BuildOptions
 from gatework.export.sizes import gpu_weight_bytes
+from gatework.export.tensorrt.kernels import largest_call
 from gatework.export.tensorrt.preflight import Preflight
 from gatework.export.uptodate import is_current
 from gatework.plugins.engine_format import TAP_OUTPUT, graph_taps
@@ -36,7 +39,7 @@ from gatework.plugins.moe.kernels.launches import launches
 from gatework.plugins.moe.reference import unpack_int4
 from gatework.plugins.moe.spec import MoEAttributes, MoESizes
 from gatework.runtime.cli import main
-from tests.checkpoints import EXPERTS_LAST, make_checkpoint
+from tests.checkpoints import DENSE_FIRST, EXPERTS_LAST, make_checkpoint
 from tests.plan_text import compiled_products
 
 pytest.importorskip(
@@ -126,6 +129,35 @@ def test_layers_without_experts(tmp_path: Path) -> None:
         ("FLOAT", "FLOAT"): 1,
     }
     foretold = gpu_weight_bytes(Checkpoint.open(path).config, "int8", 0)
+    assert sum(foretold) == manifest_of(engine)["weight_bytes"]["total"]
+
+
+def test_fp8_of_experts_alone(tmp_path: Path) -> None:
+    """Without a calibration: a dense layer and a shared expert in bf16, and no kernel that rounds activations."""
+    path = make_checkpoint(tmp_path, "qwen2_moe", **DENSE_FIRST)
+    settings: dict[str, Any] = {"target": "ada", "precision": "fp8", "weight_only": True, "max_seq": 64}
+    engine = build_engine(path, tmp_path / "engine", **settings)
+    layers = json.loads((engine / "layers.json").read_text())
+    assert layers["counts"]["PLUGIN_V3"] == 1
+    assert {tuple(pair) for pair in layers["products"].values()} == {("BF16", "BF16"), ("FLOAT", "FLOAT")}
+    assert {kind for pair in compiled_products(engine / "model.plan") for kind in pair} == {"bf16", "float"}
+    with safe_open(engine / "experts.safetensors", "pt") as file:
+        assert file.get_tensor("layers.1.moe.w_in").dtype == torch.float8_e4m3fn
+    options = BuildOptions(**settings)
+    assert is_current(path, engine, options)
+    assert not is_current(path, engine, replace(options, weight_only=False))
+    config = Checkpoint.open(path).config
+    sizes, attributes, dtype = largest_call(config, options.fitted_to(config))
+    assert attributes.keep_activations
+    used = (
+        launch.variant
+        for T in range(1, sizes.T + 1)
+        for launch in launches(89, sizes._replace(T=T), attributes, dtype)
+    )
+    names = {variant.name: variant.kernel for variant in used}
+    assert {name: kernel.kernel for name, kernel in load(engine / "kernels")[1].items()} == names
+    assert set(names.values()) == {"route", "dispatch", "gemm_in", "gemm_out", "combine"}
+    foretold = gpu_weight_bytes(config, "fp8", 0, weight_only=True)
     assert sum(foretold) == manifest_of(engine)["weight_bytes"]["total"]
 
 
@@ -347,8 +379,17 @@ def test_a_plan_with_taps_gives_them(tmp_path: Path, model: str, precision: str)
         ),
         ({"target": "a100", "precision": "bf16", "group_size": 64}, "bf16 on a100 has no groups of weights; got .* 64"),
         ({"target": "cpu", "precision": "int8", "plan_only": True}, "--plan-only is for TensorRT's targets"),
+        ({"target": "a100", "precision": "int4", "weight_only": True}, "weight_only is for fp8; got int4; fix: leave it"),
         (
-            {"target": "a100", "precision": "int4", "device_memory": 10**5},
+            {"target": "ada", "precision": "fp8", "weight_only": True, "calibration": Path("x")},
+            "fp8 with --weight-only has no static scales; got a calibration",
+        ),
+        (
+            {"target": "ada", "precision": "fp8", "weight_only": True, "device_memory": 10**5},
+            "not fit the 0.1 MB of ada; got .*: weights",
+        ),
+        (
+            {"target": "a100", "precision": "int4", "group_size": 64, "device_memory": 10**5},
             "not fit the 0.1 MB of a100; got .*: weights",
         ),
     ],
@@ -360,6 +401,13 @@ def test_impossible_builds_are_refused_before_any_work(mixtral: Path, settings: 
     with pytest.raises(GateworkError, match=message):
         build_engine(mixtral, out, **settings)
     assert not list(mixtral.parent.glob("*refused*"))
+
+
+def test_weight_only_needs_experts(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"target": "ada", "precision": "fp8", "weight_only": True}
+    path = make_checkpoint(tmp_path, "llama2")
+    with pytest.raises(GateworkError, match="weight_only is for experts; got a model without; fix: leave it out"):
+        build_engine(path, tmp_path / "engine", **settings)
 
 
 def test_too_long_a_context_is_refused_with_what_would_fit(mixtral: Path) -> None:

@@ -131,6 +131,7 @@ def test_builds_a_plan(creator: MoECreator, weight_format: str, activation: str,
     stored = bytes(plan)
     assert weight_format.encode() in stored
     assert b"capacity_factor" in stored
+    assert b"keep_activations" in stored
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,10 @@ def create(creator: MoECreator, **values: Any) -> Any:
     return creator.create_plugin("moe", trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD)
 
 
-@pytest.mark.parametrize("attributes", [FULL, MoEAttributes(top_k=1)])
+KEPT = MoEAttributes(top_k=1, weight_format="fp8_e4m3", keep_activations=True)
+
+
+@pytest.mark.parametrize("attributes", [FULL, KEPT, MoEAttributes(top_k=1)])
 def test_fields_and_clones_keep_everything(creator: MoECreator, attributes: MoEAttributes) -> None:
     built = create(creator, **attributes.to_onnx())
     written = built.get_fields_to_serialize()
