@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("--calibration-text", type=Path, required=True, metavar="FILE")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE")
     parser.add_argument("--windows", type=int, metavar="N", help="of 256 tokens, from the text's start (default: all)")
+    parser.add_argument("--rows", default="", metavar="WORD", help="only those whose names hold it (default: all)")
     args = parser.parse_args()
 
     checkpoint = Checkpoint.open(args.checkpoint)
@@ -298,7 +299,7 @@ def main() -> None:
     results = {"reference": {"perplexity": round(base, 4), "change": 0.0, "mean_kl": 0.0, "top1": 1.0}}
     print(f"{'':28}{'perplexity':>10}{'change':>9}{'mean KL':>10}{'top-1':>8}")
     print(f"{'reference, float32':28}{base:10.4f}")
-    for row in ROWS:
+    for row in (row for row in ROWS if args.rows in row):
         if row == "bf16":
             got = run(load_decoder(checkpoint, WINDOW, dtype=torch.bfloat16, all_logits=True))
         else:

@@ -9,7 +9,7 @@ from gatework.export.config import MAX_SIZE, ModelConfig
 from gatework.export.targets import ALL_BUT_CUDA, Target, target_for
 from gatework.plugins.errors import GateworkError, option
 
-TAPPED = ("bf16", "fp16", "int4")  # precisions of plans whose rounding verification has a model of
+TAPPED = ("bf16", "fp16", "int4")  # precisions of plans whose rounding verification has a model of, beside fp8's weight_only
 TEXT_ROUNDED = ("int4", "fp8")
 MAX_TABLE_BYTES = 1 << 30  # of the rotary tables in a graph, [S_max, R/2] twice, float32
 
@@ -62,9 +62,11 @@ class BuildOptions:
         if self.group_size is not None and not self.group:
             what, got = f"{self.precision} on {self.target} has no groups of weights", f"--group-size {self.group_size}"
             raise GateworkError(what, got=got, fix="leave --group-size out")
-        if self.taps and target.capability is not None and self.precision not in TAPPED:
-            what, fix = "a plan with static scales shows nothing inside", "leave --taps out: verify compares its logits"
-            raise GateworkError(what, got=self.precision, expected=" or ".join(TAPPED), fix=fix)
+        tapped = self.precision in TAPPED or self.weight_only
+        if self.taps and target.capability is not None and not tapped:
+            what, fix = "a plan that rounds activations shows nothing inside", "leave --taps out: verify compares its logits"
+            expected = f"{' or '.join(TAPPED)} or fp8 with --weight-only"
+            raise GateworkError(what, got=self.precision, expected=expected, fix=fix)
         if self.weight_only and self.precision != "fp8":
             raise GateworkError("weight_only is for fp8", got=self.precision, fix="leave it out")
         if self.calibration_text is not None and self.precision not in TEXT_ROUNDED:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from gatework.export.groups import FINE_BITS, FINE_GROUP, PADDED_GROUP, fit_group
+from gatework.export.quantize import FP8_LARGEST
 from gatework.plugins.moe.cpu_ops import WIDE_BITS
 
 # Half the distance of neighbouring floats around 1. The reference rounds to float32 as well: two equal errors, so sqrt(2).
@@ -34,7 +35,8 @@ class Format:
     group: consecutive weights of a row that share a scale, at most. wide: attention and head take 16 bits where weights have 8.
     experts: the model has some. fine_group: of what `groups.fine` names; 0: a row, as in plans, whose embedding is in floats.
     pure: of what it names the embedding alone has 8 bits.
-    kept: weights that have the checkpoint's own codes, and so no error, with their groups.
+    kept: weights that have the checkpoint's own codes, and so no error, with their groups. fp8: experts' weights are e4m3, with
+    a scale per row; all else is in floats.
     """
 
     unit: float
@@ -46,6 +48,7 @@ class Format:
     fine_group: int = FINE_GROUP
     pure: bool = False
     kept: Mapping[str, int] = field(default_factory=dict)
+    fp8: bool = False
 
     @property
     def attention(self) -> Format:
@@ -53,9 +56,14 @@ class Format:
         return self.head if self.experts else self
 
     @property
-    def feed_forward(self) -> Format:
-        """Of experts and MLPs, whose first product at least takes narrow activations."""
+    def routed(self) -> Format:
+        """Of experts that a router chooses, whose first product at least takes narrow activations."""
         return replace(self, wide=False)
+
+    @property
+    def feed_forward(self) -> Format:
+        """Of MLPs and shared experts."""
+        return replace(self.routed, fp8=False)
 
     @property
     def head(self) -> Format:
@@ -71,7 +79,7 @@ class Format:
     def _fine(self) -> Format:
         if 0 < self.bits < FINE_BITS:
             return replace(self, bits=FINE_BITS, group=self.fine_group)
-        return self
+        return replace(self, fp8=False)
 
     @property
     def floats(self) -> Format:
@@ -110,6 +118,8 @@ class Rounding(TorchFunctionMode):
 
     def weight(self, w: Tensor) -> Tensor:
         """A weight [..., K] as it is stored."""
+        if self._form.fp8:
+            return w + self._draw(_fp8_steps(w))
         if not self._form.bits:
             return w if self._form.unit == UNITS["float32"] else w + self._draw(2 * self._form.unit * w.abs())
         return w + self._draw(_group_steps(w, self._form.bits, self._form.group))
@@ -141,6 +151,13 @@ def _group_steps(values: Tensor, bits: int, group: int) -> Tensor:
     padded = F.pad(values, (0, -K % size)).unflatten(-1, (-1, size))
     steps = padded.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
     return steps.expand_as(padded).flatten(-2)[..., :K]
+
+
+def _fp8_steps(w: Tensor) -> Tensor:
+    """The step of each weight of rows [..., K] that are rounded to e4m3: 3 bits behind the point, and 2^-9 below 2^-6."""
+    scale = w.abs().amax(-1, keepdim=True) / FP8_LARGEST
+    place = torch.frexp(w / torch.where(scale == 0, 1.0, scale)).exponent - 1  # of the leading bit
+    return scale * torch.exp2(place.clamp_min(-6).float() - 3)
 
 
 def error_sizes(errors: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -152,7 +152,7 @@ def _experts(stack: Stack, i: int, runs: list[tuple[Tensor, Tensor, Tensor | Non
             rows, choice = (chosen == e).nonzero(as_tuple=True)
             if not len(rows):
                 continue
-            with steps.rounding(steps.form.feed_forward, coded) if rounded else nullcontext():
+            with steps.rounding(steps.form.routed, coded) if rounded else nullcontext():
                 out = torch_op.expert(x[rows], *expert)
             y.index_add_(0, rows, shares[rows, choice][:, None] * out)
     return outputs

@@ -125,8 +125,8 @@ def _add_gpu_options(parser: argparse.ArgumentParser) -> None:
         "--weight-only",
         action="store_true",
         default=None,
-        help="fp8 of models with experts that rounds no activation: long prompts are computed as finely as decode, at the speed of "
-        "bf16; experts alone have 8 bits, and nothing needs --calibration",
+        help="fp8 of models with experts without rounding activations: long prompts are computed as finely as decode, no "
+        "faster than in bf16; experts alone have 8 bits, and no --calibration is needed",
     )
     gpu.add_argument("--toolchain", help="tensorrt or tensorrt_rtx (default: the first that can build here)")
     gpu.add_argument(
@@ -142,7 +142,7 @@ def _add_gpu_options(parser: argparse.ArgumentParser) -> None:
         "--taps",
         action="store_true",
         default=None,
-        help="for verification: a plan that gives up what it computes inside its layers (bf16, fp16, int4)",
+        help="for verification: a plan that gives up what it computes inside its layers (bf16, fp16, int4; fp8 with --weight-only)",
     )
     gpu.add_argument("--timing-cache", type=Path, metavar="FILE", help="kernel timings to reuse and to add to")
     gpu.add_argument("--device-memory", type=memory_size, metavar="SIZE", help="such as 40GiB (default: the target's)")
@@ -180,6 +180,7 @@ def run(args: argparse.Namespace) -> int:
 def _report(found: Preflight) -> None:
     """What is going to be built, before the work begins."""
     from gatework.export.tensorrt.kernels import most_tokens
+    from gatework.export.tensorrt.scales import static_products
 
     options, config, compiler = found.options, found.config, found.compiler
     experts = "packed beside the plan"
@@ -187,13 +188,14 @@ def _report(found: Preflight) -> None:
         experts = "left unpacked"
     where = f"for {compiler.sm}, ahead of time" if compiler.sm else "for the GPU at hand"
     ranges = f"from {options.calibration}" if options.calibration else "none"
-    if options.plan_only and options.precision in ("int8", "fp8") and options.calibration is None:
+    precision = f"{options.precision}, weight-only" if options.weight_only else options.precision
+    if static_products(config, options) and options.calibration is None:  # then it is of the plan alone
         ranges = "placeholders: this plan's numbers mean nothing"
     cached = f"{counted(options.max_batch, 'sequence')} of {counted(options.max_seq or 0, 'position')}"
     cached += ", and their prompts" if config.encoder_layers else ""
     rows = [
         ("target", options.target, f"{compiler.module} {compiler.version}, {where}"),
-        ("precision", options.precision, f"activation ranges: {ranges}"),
+        ("precision", precision, f"activation ranges: {ranges}"),
         ("layers", f"{config.num_layers}", counted(config.moe_layers, "MoE plugin")),
         *_encoder_rows(config),
         ("plan", size(found.plan), "left out: stripped" if options.strip_weights else "dense weights, without kernels"),

@@ -73,6 +73,7 @@ def _read_engine(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     engine = Engine.open(path, check="sizes")
     names = ("format_version", "gatework_version", "target", "precision", "limits", "weight_bytes", "toolchain")
     about = {name: engine.manifest[name] for name in names}
+    about["weight_only"] = engine.manifest["inputs"]["settings"].get("weight_only", False)
     about["kept"] = engine.manifest.get(engine_format.KEPT, {})
     about["stages"] = engine.manifest.get(engine_format.STAGES, [])
     about["files"] = {name: facts["size"] for name, facts in engine.manifest["files"].items()}
@@ -262,7 +263,7 @@ def _engine_rows(config: ModelConfig, engine: dict[str, Any]) -> list[tuple[str,
     sequences = f"{counted(limits['max_batch'], 'sequence')} of {counted(limits['max_seq'], 'token')}"
     stages = [_stage_row(config, number, stage) for number, stage in enumerate(engine["stages"])]
     return [
-        ("built for", f"{engine['target']}, {engine['precision']}"),
+        ("built for", f"{engine['target']}, {engine['precision']}{', weight-only' if engine['weight_only'] else ''}"),
         ("limits", f"{sequences}, prefill by {limits['prefill_chunk']}"),
         ("weights", f"{size(weights['total'])}, of which a decoded token reads {size(weights['per_token'])}"),
         ("KV cache when full", size(positions * config.kv_bytes_per_token(_value_bytes(engine))) + note),

@@ -231,7 +231,8 @@ def _format(engine: Engine) -> Format:
     dynamic, kept = bool(bits) and on_cpu, engine.manifest.get(engine_format.KEPT, {})
     pure = settings.get("pure", False)
     form = Format(UNITS[kind], bits, group, dynamic=dynamic, wide=wide, experts=experts, fine_group=fine)
-    return replace(form, pure=pure, kept=kept)
+    fp8 = precision == "fp8"  # of experts alone: other plans of it show nothing inside
+    return replace(form, pure=pure, kept=kept, fp8=fp8)
 
 
 def _slots(engine: Engine) -> int:

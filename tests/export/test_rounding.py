@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto, helper
 from torch.nn import functional as F
 
-from gatework.export.quantize import quantize_rows
+from gatework.export.quantize import fp8_ranges, quantize_fp8, quantize_rows
 from gatework.export.rounding import UNITS, Format, Rounding
 
 ROWS, N, K = 32, 192, 256
@@ -51,6 +51,23 @@ def test_integer_products(bits: int, group: int, wide: bool, least: float, outli
     got = F.linear(rounded(x, 16 if wide and bits == 8 else 8, group), rounded(w, bits, group)) - F.linear(x, w)
     ratio = float(got.norm()) / predicted(Format(UNITS["float32"], bits, group, dynamic=True, wide=wide), x, w)
     assert least < ratio < 1.1, ratio
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+def test_fp8_weights(outliers: bool) -> None:
+    """Rows of e4m3, with the scale that suits a row; activations are not rounded."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(ROWS, K, generator=generator), torch.randn(N, K, generator=generator)
+    if outliers:
+        w[::3, 40] *= 1000  # beside which the others are subnormal; the largest itself is a code
+        x[:, 40] = 0
+    codes, scales = quantize_fp8(w, fp8_ranges(w))
+    got = F.linear(x, codes.float() * scales) - F.linear(x, w)
+    form = Format(UNITS["float32"], experts=True, fp8=True)
+    ratio = float(got.norm()) / predicted(form.routed, x, w)
+    assert 0.7 < ratio < 1.1, ratio
+    for other in (form.attention, form.feed_forward, form.head, form.embedding, form.floats):
+        assert predicted(other, x, w) < 1e-3 * float(got.norm())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from gatework.export.build import build_engine, export_onnx
 from gatework.export.layerwise import LayerwiseReference
+from gatework.export.quantize import quantize_fp8
+from gatework.export.rounding import UNITS, Format
 from gatework.export.steps.compared import CONTEXT_DRAWS, Compared
 from gatework.plugins.errors import GateworkError
 from gatework.runtime.cli import main
-from gatework.runtime.verify import DEFAULT_BOUNDS, Bounds, Check, VerifyReport, compare_engines, verify
+from gatework.runtime.verify import DEFAULT_BOUNDS, Bounds, Check, VerifyReport, checks, compare_engines, verify
 from gatework.runtime.verify.compare import Comparison, Place, kl_divergence, relative_error, top_overlap
 from gatework.runtime.verify.feed import Case, feed
 from gatework.runtime.verify.perplexity import negative_log_likelihood, perplexity, windows
@@ -93,6 +96,23 @@ def test_layers_without_experts_pass(tmp_path: Path) -> None:
     assert report.passed, str(report)
     assert sum(stage.tensor == "mlp" for stage in report.stages) == 3
     assert sum(stage.tensor == "experts" for stage in report.stages) == 1
+
+
+def test_fp8_of_experts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan's place takes a float32 engine of e4m3 experts: their error is explained, and nothing is allowed beside it."""
+    path, rounded = make_checkpoint(tmp_path, "mixtral"), tmp_path / "rounded"
+    shutil.copytree(path, rounded)
+    weights = load_file(path / "model.safetensors")
+    for name in (name for name in weights if ".experts." in name):
+        codes, scales = quantize_fp8(weights[name], weights[name].abs().amax(-1, keepdim=True))
+        weights[name] = codes.float() * scales
+    save_file(weights, rounded / "model.safetensors", {"format": "pt"})
+    engine = build_engine(rounded, tmp_path / "engine", precision="fp32", prefill_chunk=16)
+    for fp8, off in ((True, set()), (False, {"experts"})):
+        form = Format(UNITS["float32"], experts=True, fp8=fp8)
+        monkeypatch.setattr(checks, "_format", lambda engine, form=form: form)
+        report = verify(engine, path, tokens=4, window=16, check_fingerprint=False, bounds=Bounds(mean_kl=1.0))
+        assert {stage.tensor for stage in report.stages if not stage.passed} == off, str(report)
 
 
 @torch.inference_mode()
