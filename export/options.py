@@ -9,7 +9,8 @@ from gatework.export.config import MAX_SIZE, ModelConfig
 from gatework.export.targets import ALL_BUT_CUDA, Target, target_for
 from gatework.plugins.errors import GateworkError, option
 
-TAPPED = ("bf16", "fp16", "int4")  # precisions of plans whose rounding verification has a model of, beside fp8's weight_only
+# Precisions of plans whose rounding verification has a model of, beside fp8 with weight_only.
+TAPPED = ("bf16", "fp16", "int4")
 TEXT_ROUNDED = ("int4", "fp8")
 MAX_TABLE_BYTES = 1 << 30  # of the rotary tables in a graph, [S_max, R/2] twice, float32
 
@@ -64,11 +65,14 @@ class BuildOptions:
             raise GateworkError(what, got=got, fix="leave --group-size out")
         tapped = self.precision in TAPPED or self.weight_only
         if self.taps and target.capability is not None and not tapped:
-            what, fix = "a plan that rounds activations shows nothing inside", "leave --taps out: verify compares its logits"
+            what, fix = (
+                "a plan that rounds activations shows nothing inside",
+                "leave --taps out: verify compares its logits",
+            )
             expected = f"{' or '.join(TAPPED)} or fp8 with --weight-only"
             raise GateworkError(what, got=self.precision, expected=expected, fix=fix)
         if self.weight_only and self.precision != "fp8":
-            raise GateworkError("weight_only is for fp8", got=self.precision, fix="leave it out")
+            raise GateworkError("--weight-only is for fp8", got=self.precision, fix="leave --weight-only out")
         if self.calibration_text is not None and self.precision not in TEXT_ROUNDED:
             what, expected = "a text helps no weights of this precision", " or ".join(TEXT_ROUNDED)
             raise GateworkError(what, got=self.precision, expected=expected, fix="leave --calibration-text out")
@@ -118,7 +122,7 @@ class BuildOptions:
                 experts.
         """
         if self.weight_only and config.moe is None:
-            raise GateworkError("weight_only is for experts", got="a model without", fix="leave it out")
+            raise GateworkError("--weight-only is for experts", got="a model without", fix="leave --weight-only out")
         if config.encoder_layers:
             self._check_encoder()
         if self.calibration_text is not None and (

@@ -91,9 +91,7 @@ def caches(config: ModelConfig) -> int:
     return 2 if config.encoder_layers else 1
 
 
-def gpu_weight_bytes(
-    config: ModelConfig, precision: str, group: int, *, weight_only: bool = False
-) -> tuple[int, int]:
+def gpu_weight_bytes(config: ModelConfig, precision: str, group: int, *, weight_only: bool = False) -> tuple[int, int]:
     """Bytes of (dense weights, expert weights) as a GPU engine of that precision stores them, scales included.
 
     weight_only: of fp8, see BuildOptions.
@@ -103,9 +101,7 @@ def gpu_weight_bytes(
     return sum(tensors.values()) - experts, experts
 
 
-def _gpu_tensor_bytes(
-    config: ModelConfig, precision: str, group: int, *, dense: str | None = None
-) -> dict[str, int]:
+def _gpu_tensor_bytes(config: ModelConfig, precision: str, group: int, *, dense: str | None = None) -> dict[str, int]:
     """dense: precision of what is no expert's, where it is another."""
     shapes = config.tensor_shapes()
     if config.tie_embeddings and precision in ("int8", "int4"):

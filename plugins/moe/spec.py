@@ -116,9 +116,8 @@ class MoEAttributes:
         if self.weight_format == "dense" and self.group_size:
             raise GateworkError("MoE group_size needs quantised weights", got=self.group_size, expected="0 if dense")
         if self.keep_activations and (self.weight_format not in EIGHT_BITS or self.group_size):
-            got, expected = self.weight_format, " or ".join(EIGHT_BITS)
-            got += f" in groups of {self.group_size}" if self.group_size else ""
-            raise GateworkError("MoE keep_activations is for rows of 8 bits", got=got, expected=expected)
+            got = self.weight_format + (f" in groups of {self.group_size}" if self.group_size else "")
+            raise GateworkError("MoE keep_activations is for rows of 8 bits", got=got, expected=" or ".join(EIGHT_BITS))
         factor = self.capacity_factor
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < 1e6:
             raise GateworkError("MoE capacity_factor is out of range", got=repr(factor), expected="0 (dropless) to 1e6")

@@ -142,7 +142,7 @@ def _add_gpu_options(parser: argparse.ArgumentParser) -> None:
         "--taps",
         action="store_true",
         default=None,
-        help="for verification: a plan that gives up what it computes inside its layers (bf16, fp16, int4; fp8 with --weight-only)",
+        help="for verification: a plan that gives up what it computes inside its layers (bf16, fp16, int4; fp8 --weight-only)",
     )
     gpu.add_argument("--timing-cache", type=Path, metavar="FILE", help="kernel timings to reuse and to add to")
     gpu.add_argument("--device-memory", type=memory_size, metavar="SIZE", help="such as 40GiB (default: the target's)")

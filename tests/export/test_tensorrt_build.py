@@ -134,9 +134,13 @@ def test_layers_without_experts(tmp_path: Path) -> None:
 
 def test_fp8_of_experts_alone(tmp_path: Path) -> None:
     """Without a calibration: a dense layer and a shared expert in bf16, and no kernel that rounds activations."""
-    path = make_checkpoint(tmp_path, "qwen2_moe", **DENSE_FIRST)
+    path, engine = make_checkpoint(tmp_path, "qwen2_moe", **DENSE_FIRST), tmp_path / "engine"
     settings: dict[str, Any] = {"target": "ada", "precision": "fp8", "weight_only": True, "max_seq": 64}
-    engine = build_engine(path, tmp_path / "engine", **settings)
+    command = f"build {path} --out {engine} --target ada --precision fp8 --weight-only --max-seq 64"
+    with redirect_stdout(StringIO()) as text:
+        assert main(command.split()) == main(["inspect", str(engine)]) == 0
+    assert re.search(r"precision +fp8, weight-only +activation ranges: none", text.getvalue())
+    assert re.search(r"built for +ada, fp8, weight-only", text.getvalue())
     layers = json.loads((engine / "layers.json").read_text())
     assert layers["counts"]["PLUGIN_V3"] == 1
     assert {tuple(pair) for pair in layers["products"].values()} == {("BF16", "BF16"), ("FLOAT", "FLOAT")}
@@ -150,9 +154,7 @@ def test_fp8_of_experts_alone(tmp_path: Path) -> None:
     sizes, attributes, dtype = largest_call(config, options.fitted_to(config))
     assert attributes.keep_activations
     used = (
-        launch.variant
-        for T in range(1, sizes.T + 1)
-        for launch in launches(89, sizes._replace(T=T), attributes, dtype)
+        launch.variant for T in range(1, sizes.T + 1) for launch in launches(89, sizes._replace(T=T), attributes, dtype)
     )
     names = {variant.name: variant.kernel for variant in used}
     assert {name: kernel.kernel for name, kernel in load(engine / "kernels")[1].items()} == names
@@ -350,7 +352,7 @@ def test_a_plan_with_taps_gives_them(tmp_path: Path, model: str, precision: str)
     [
         (
             {"target": "a100", "precision": "int8", "taps": True},
-            "that rounds activations shows nothing inside; got int8; expected bf16 or fp16 or int4 or fp8 with weight_only",
+            "that rounds activations shows nothing inside; got int8; expected bf16 or fp16 or int4 or fp8 with --weight-only",
         ),
         (
             {"target": "cpu", "precision": "int8", "taps": True},
@@ -380,10 +382,13 @@ def test_a_plan_with_taps_gives_them(tmp_path: Path, model: str, precision: str)
         ),
         ({"target": "a100", "precision": "bf16", "group_size": 64}, "bf16 on a100 has no groups of weights; got .* 64"),
         ({"target": "cpu", "precision": "int8", "plan_only": True}, "--plan-only is for TensorRT's targets"),
-        ({"target": "a100", "precision": "int4", "weight_only": True}, "weight_only is for fp8; got int4; fix: leave it"),
+        (
+            {"target": "a100", "precision": "int4", "weight_only": True},
+            "--weight-only is for fp8; got int4; fix: leave --weight-only out",
+        ),
         (
             {"target": "ada", "precision": "fp8", "weight_only": True, "calibration": Path("x")},
-            "fp8 with --weight-only has no static scales; got a calibration",
+            "fp8 with --weight-only has no static scales; got --calibration",
         ),
         (
             {"target": "ada", "precision": "fp8", "weight_only": True, "device_memory": 10**5},
@@ -407,7 +412,9 @@ def test_impossible_builds_are_refused_before_any_work(mixtral: Path, settings: 
 def test_weight_only_needs_experts(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"target": "ada", "precision": "fp8", "weight_only": True}
     path = make_checkpoint(tmp_path, "llama2")
-    with pytest.raises(GateworkError, match="weight_only is for experts; got a model without; fix: leave it out"):
+    with pytest.raises(
+        GateworkError, match="--weight-only is for experts; got a model without; fix: leave --weight-only out"
+    ):
         build_engine(path, tmp_path / "engine", **settings)
 
 
