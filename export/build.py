@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -41,6 +41,9 @@ from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.spec import OP_TYPE
 from gatework.plugins.moe.spec import VERSION as PLUGIN_VERSION
 
+if TYPE_CHECKING:
+    from gatework.runtime.tokenizer import Tokenizer
+
 _PRECISIONS: dict[Dtype, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -66,8 +69,7 @@ def build_engine(
     options = BuildOptions(**{"target": "cpu", "precision": "int8", **settings})
     check_free(Path(out), force)
     compiler = None if options.device.capability is None else choose_compiler(options.device, options.toolchain)
-    checkpoint = Checkpoint.open(source, drop_tokens=options.drop_tokens)
-    tokenizer = open_tokenizer(checkpoint.path)
+    checkpoint, tokenizer = _open(source, options.drop_tokens)
     inputs = build_inputs(checkpoint.path, options)
     tools = tool_versions(options, experts=checkpoint.config.moe is not None)
     options = options.fitted_to(checkpoint.config)
@@ -86,6 +88,12 @@ def build_engine(
             names, facts = compile_tensorrt(checkpoint, directory, options, compiler, scales, progress=progress)
         finish_engine(directory, names, checkpoint, options, inputs, tools, facts)
     return Path(out)
+
+
+def _open(source: str | os.PathLike[str], drop_tokens: bool) -> tuple[Checkpoint, Tokenizer | None]:
+    """A checkpoint and its tokenizer, both checked before any work is done with them."""
+    checkpoint = Checkpoint.open(source, drop_tokens=drop_tokens)
+    return checkpoint, open_tokenizer(checkpoint.path)
 
 
 def finish_engine(
@@ -223,6 +231,9 @@ def export_onnx(
         link: let `out` share the checkpoint's files instead of writing the weights again; copies, where the disk cannot.
             What is read from them is not checked to be finite, and the manifest has digests of their headers alone.
         report: receives what is read from the checkpoint's files, if `link` or no `out`.
+
+    Raises:
+        GateworkError: bad checkpoint or tokenizer, impossible dtype, `out` in the way. Nothing is left behind.
     """
     if dtype not in _PRECISIONS:
         raise GateworkError("unknown --dtype", got=dtype, expected=" or ".join(_PRECISIONS))
@@ -230,7 +241,7 @@ def export_onnx(
         require_polygraphy(golden)
         if out is not None and golden.resolve().is_relative_to(Path(out).resolve()):
             raise GateworkError("--golden lies in --out", got=golden, fix="choose another --golden")
-    checkpoint = Checkpoint.open(source, drop_tokens=drop_tokens)
+    checkpoint, _ = _open(source, drop_tokens)
     if golden is not None and checkpoint.config.encoder_layers:
         what, fix = "--golden is for models without an encoder", "leave --golden out"
         raise GateworkError(what, got="a model with one", fix=fix)

@@ -44,8 +44,7 @@ def read_config(path: str | PathLike[str]) -> ModelConfig:
         return read_hf_config(path)
     if ckpt.has_ckpt(path):
         return grok1.read_config(grok1.PUBLISHED)
-    if not folders.exists(path, "params.json"):
-        raise GateworkError(f"{path} has neither config.json nor params.json", fix="give a checkpoint folder")
+    folders.require(path, "config.json", "params.json", fix="give a checkpoint folder")
     raw = folders.read_json(folders.member(path, "params.json"))
     if raw.get("vocab_size") == -1:
         return read_params(raw, find_source(path))

@@ -17,6 +17,7 @@ from gatework.export.torch_pickle import MAX_PICKLE_BYTES, ForeignGlobal, Pickle
 from gatework.plugins.errors import GateworkError
 
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TEXT = frozenset(b"\t\n\r") | frozenset(range(32, 127))
 DOWNLOAD = "download the file again"
 MAX_HEADER_BYTES = 8 << 20  # some 120 bytes describe a tensor
 MAX_DIRECTORY_BYTES = 2 << 20  # of a zip archive; some 100 bytes describe a record
@@ -26,7 +27,14 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """Tensors of a `.safetensors` file. A damaged or truncated file is a GateworkError that names it."""
     try:
         with path.open("rb") as file:
-            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            first, size = file.read(8), path.stat().st_size
+            if size < 8:
+                raise ValueError(f"it has {size} bytes, and the size of a header alone takes 8")
+            if all(byte in TEXT for byte in first):  # as a size, beyond any file's
+                got = f"one that begins with the text {first.decode()!r}"
+                fix = f"{DOWNLOAD}; in a git repository that has it in Git LFS, run git lfs pull"
+                raise GateworkError(f"{path} is no safetensors file", got=got, fix=fix)
+            (header_bytes,) = struct.unpack("<Q", first)
             if header_bytes > MAX_HEADER_BYTES:
                 raise ValueError(f"its header has {header_bytes} bytes, and at most {MAX_HEADER_BYTES} are read")
             # The library checks the header's size and JSON, and that the tensors cover the file without overlap.

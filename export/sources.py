@@ -21,6 +21,7 @@ FileTensors = dict[Path, dict[str, StoredTensor]]
 # Model-parallel shards are joined along this axis, by the last part of the tensor's name (Meta's ColumnParallelLinear,
 # RowParallelLinear and ParallelEmbedding); what is not listed is the same in every shard.
 SHARD_DIM = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1, "tok_embeddings": 1}
+WEIGHTS = {"model.safetensors": read_safetensors, "pytorch_model.bin": read_torch}  # or the index of either
 T5X_EMBEDDING = "target.token_embedder.embedding"
 FIX = "give a folder with model.safetensors, pytorch_model.bin (or the index of either), consolidated.* or ckpt-0 files"
 
@@ -46,7 +47,7 @@ def find_source(folder: Path) -> Source:
     Only headers are read. Raises GateworkError where nothing is found or a file is damaged, or leads out of the folder.
     """
     if folders.exists(folder, "config.json"):
-        for stem, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
+        for stem, read in WEIGHTS.items():
             if folders.exists(folder, stem):
                 return hugging_face(folder, [stem], read)
             if folders.exists(folder, f"{stem}.index.json"):
@@ -59,8 +60,8 @@ def find_source(folder: Path) -> Source:
         return Source("ckpt", config, files, {name: tensor for part in files.values() for name, tensor in part.items()})
     if folders.exists(folder, "params.json"):
         return consolidated(folder)
-    if not folders.exists(folder, "config.json"):
-        raise GateworkError(f"{folder} has neither config.json nor params.json", fix="give a checkpoint folder")
+    folders.require(folder, "config.json", "params.json", fix="give a checkpoint folder")
+    folders.refuse_others(folder, *WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS))
     raise GateworkError(f"{folder} has no weights", fix=FIX)
 
 
@@ -93,6 +94,9 @@ def indexed(folder: Path, index_name: str, read: Callable[[Path], dict[str, Stor
         raise GateworkError(f"{index} has no weight_map", expected="an object of tensor names and file names")
     names = sorted(set(weight_map.values()))
     for name in names:
+        if name == index.name:
+            expected = "names of the files that hold the tensors"
+            raise GateworkError(f"{index} names itself as a file of weights", expected=expected, fix=DOWNLOAD)
         folders.member(folder, name)
         if not folders.exists(folder, name):
             raise GateworkError(f"{index} names a file that is missing", got=repr(name), fix="download it")

@@ -106,7 +106,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: (path / EXPERTS).unlink(), "is not whole; got 25 files"),
     "missing in between": (lambda path: (path / EXPERTS).rename(path / "ckpt-0/tensor00099_000"), "is missing"),
     "a pipe": (lambda path: hostile.pipe(path / EXPERTS), "is missing"),
-    "leads outside": (lambda path: hostile.link(path / EXPERTS, "/etc/passwd"), "names a file outside"),
+    "leads outside": (lambda path: hostile.link(path / EXPERTS, "/etc/passwd"), "leads outside"),
     "of another number of layers": (
         lambda path: (path / "config.json").unlink(),
         "another number of layers; got files of 2; expected 64",

@@ -8,6 +8,7 @@ from gatework.export.config import ModelConfig, MoEConfig
 from gatework.export.families import hf, layouts
 from gatework.export.families.fields import Fields
 from gatework.export.weights import WeightMap
+from gatework.plugins.errors import GateworkError
 
 
 def read_config(raw: dict[str, Any]) -> ModelConfig:
@@ -57,9 +58,18 @@ def rope_theta(fields: Fields, attention: Fields) -> float:
     """RoPE base from `attn_config`. transformers 5 reads `rope_parameters` instead: the two have to agree."""
     theta: float | None = attention.number("rope_theta", None)
     other = hf.rope_theta(fields, 1e4 if theta is None else theta)
-    if theta is not None and other != theta:
-        raise fields.error("rope_theta", other, f"the {theta} of attn_config.rope_theta: keep the right one")
-    return other
+    if theta is None or other == theta:
+        return other
+    ours = attention.label("rope_theta")
+    theirs = "rope_theta" if fields.raw.get("rope_theta") is not None else "rope_parameters.rope_theta"
+    raise GateworkError(
+        f"config fields {ours} and {theirs} differ",
+        got=f"{theta} and {other}",
+        expected="one base",
+        fix="write the one that the model was trained with into both: "
+        f"{theta} for DBRX as released and for what transformers 4 made of it, {other} for a model trained by "
+        f"transformers 5, which reads {theirs} alone and takes 10000.0 where a config has none there",
+    )
 
 
 def weight_map(config: ModelConfig) -> WeightMap:

@@ -11,6 +11,7 @@ from gatework.export.families import layouts
 from gatework.export.families.fields import Fields
 from gatework.export.weights import WeightMap
 from gatework.export.yarn import YarnConfig
+from gatework.plugins.errors import GateworkError
 
 # Features of other models that share these config files, with the values under which they do nothing.
 INERT: dict[str, tuple[Any, ...]] = {
@@ -123,7 +124,14 @@ def head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
     width: int | None = fields.integer("head_dim", None)
     if width is not None:
         return width
-    if num_heads < 1 or hidden_size % num_heads:
+    if num_heads < 1:
+        raise GateworkError(
+            "the config's number of attention heads is wrong",
+            got=num_heads,
+            expected="at least 1",
+            fix="check the checkpoint's config",
+        )
+    if hidden_size % num_heads:
         raise fields.error("head_dim", None, f"a value: hidden_size {hidden_size} is no multiple of {num_heads} heads")
     return hidden_size // num_heads
 

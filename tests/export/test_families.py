@@ -804,7 +804,14 @@ UNSUPPORTED: dict[str, tuple[Raw, str]] = {
     "mixed layers": (MISTRAL | {"layer_types": ["full_attention", "sliding_attention"] * 16}, "layer_types"),
     "p-norm": (DBRX | {"ffn_config": DBRX["ffn_config"] | {"moe_normalize_expert_weights": 2}}, "moe_normalize"),
     "dbrx gelu": (DBRX | {"ffn_config": DBRX["ffn_config"] | {"ffn_act_fn": {"name": "gelu"}}}, "ffn_act_fn.name"),
-    "dbrx thetas": (DBRX | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta"),
+    "dbrx thetas": (
+        DBRX | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        "attn_config.rope_theta and rope_parameters.rope_theta differ; got 500000.0 and 10000.0; .* fix: write the one",
+    ),
+    "dbrx thetas, from before transformers 5": (
+        DBRX | {"rope_theta": 1e4},
+        "attn_config.rope_theta and rope_theta differ",
+    ),
     "missing": (without(MISTRAL, "hidden_size"), "hidden_size"),
     "null": (MISTRAL | {"vocab_size": None}, "vocab_size"),
     "mistyped": (MISTRAL | {"vocab_size": "32000"}, "vocab_size"),

@@ -87,8 +87,20 @@ SAFETENSORS = {
     "metadata that is no text": (safetensors({"__metadata__": {"a": {}}, "a": A}), DAMAGED),
     "name that clears the screen": (safetensors({"\x1b[2J\nfine": A}), r"is missing from"),
     "file that leads outside": (lambda path: outside(path, "model.safetensors"), "outside the checkpoint folder"),
-    "file that is a device": (lambda path: hostile.link(path / "model.safetensors", "/dev/zero"), "no weights"),
-    "file that is a pipe": (lambda path: hostile.pipe(path / "model.safetensors"), "no weights"),
+    "file that is a device": (
+        lambda path: hostile.link(path / "model.safetensors", "/dev/zero"),
+        "is not a file; got a",
+    ),
+    "file that is a pipe": (lambda path: hostile.pipe(path / "model.safetensors"), "is not a file; got a pipe"),
+    "file that leads nowhere": (lambda path: hostile.link(path / "model.safetensors", "none"), "a link that leads now"),
+    "file that is empty": (
+        lambda path: (path / "model.safetensors").write_bytes(b""),
+        "it has 0 bytes, and the size of",
+    ),
+    "file of Git LFS": (
+        lambda path: (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "got one that begins with the text 'version '.*; in a git repository that has it in Git LFS, run git lfs pull",
+    ),
 }
 
 
@@ -128,7 +140,8 @@ INDEX = {
     "shard in the parent folder": (indexed("../x.safetensors", copy_outside), OUTSIDE),
     "shard by a roundabout way": (indexed("a/../../x.safetensors"), OUTSIDE),
     "shard with a full path": (indexed("/etc/passwd"), OUTSIDE),
-    "index naming itself": (indexed("model.safetensors.index.json"), r"index\.json is damaged"),
+    "index naming itself": (indexed("model.safetensors.index.json"), r"index\.json names itself as a file of weights"),
+    "index naming the config": (indexed("config.json"), r"config\.json is no safetensors file"),
     "shard that leads outside": (indexed("x.safetensors", partial(hostile.link, target="/etc/passwd")), OUTSIDE),
     "shard that is a device": (indexed("x.safetensors", partial(hostile.link, target="/dev/zero")), OUTSIDE),
     "shard that links to itself": (indexed("x.safetensors", partial(hostile.link, target="x.safetensors")), NO_PATH),
@@ -303,6 +316,7 @@ CONFIG: dict[str, tuple[Craft, str]] = {
     "base that is not finite": (config(rope_parameters={"rope_theta": float("inf")}), "rope_theta"),
     "epsilon that is not a number": (config(rms_norm_eps=float("nan")), "norm_eps"),
     "nested deeply": (config_text('{"a":' * 100_000), "nested too deeply"),
+    "nested more deeply": (config_text("[" * 200_000), "nested too deeply; expected at most 100 objects and lists"),
     "nested to just below Python's limit": (config_text(f'{{"model_type": {nested(900)}}}'), "nested too deeply"),
     "dtype nested to just below Python's limit": (
         config_text(f'{{"model_type":"mixtral","dtype":{nested(950)}}}'),
@@ -312,11 +326,19 @@ CONFIG: dict[str, tuple[Craft, str]] = {
     "empty lists": (config_text(f'{{"a":[{"[]," * 3_000_000}[]]}}'), r"config\.json"),
     "a million empty lists": (config_text(f'{{"a":[{"[]," * 1_000_000}[]]}}'), "too large"),
     "4 MB of short strings": (config_text('{"a":[' + '"ab",' * 800_000 + '""]}'), "unknown model_type"),
-    "number of 5,000 digits": (config_text('{"vocab_size": ' + "9" * 5000 + "}"), r"config\.json"),
+    "number of 5,000 digits": (
+        config_text('{"vocab_size": ' + "9" * 5000 + "}"),
+        "got 5000 digits; expected at most 4000",
+    ),
     "model type that clears the screen": (config(model_type="\x1b[2J\nfine"), "unknown model_type"),
     "model type of 4 MB": (config(model_type="x" * 4_000_000), "unknown model_type"),
     "leads outside": (lambda path: outside(path, "config.json"), OUTSIDE),
-    "is a pipe": (lambda path: hostile.pipe(path / "config.json"), "neither"),
+    "is a pipe": (lambda path: hostile.pipe(path / "config.json"), r"config\.json is not a file; got a pipe"),
+    "is a folder": (lambda path: hostile.folder(path / "config.json"), r"config\.json is not a file; got a folder"),
+    "no heads": (
+        config(num_attention_heads=0, head_dim=None),
+        "number of attention heads is wrong; got 0; expected at",
+    ),
     "end-of-text ids outside": (lambda path: outside(path, "generation_config.json"), OUTSIDE),
 }
 CONFIG |= {

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gatework.export.build import build_engine
+from gatework.export.checkpoint import Checkpoint
 from tests.checkpoints import make_checkpoint
 from tests.formats import convert
 from tests.refusals import Refuse, check_refusal
@@ -86,13 +87,32 @@ def test_index_that_names_a_file_outside(refused: Refuse, checkpoint: Path, name
     shutil.copy(checkpoint / "model.safetensors", sharded.parent / "secret.safetensors")
     index = sharded / "model.safetensors.index.json"
     edit_json(index, lambda value: value["weight_map"].update(dict.fromkeys(value["weight_map"], name)))
-    assert f"names a file outside the checkpoint folder; got '{name}'" in refused_by_all(refused, sharded)
+    err = refused_by_all(refused, sharded)
+    assert f"names a file outside the checkpoint folder; got '{name}'; fix: put the file into the folder" in err
 
 
 def test_link_that_leads_outside(refused: Refuse, checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint.parent / "elsewhere")
     (checkpoint / "model.safetensors").symlink_to(checkpoint.parent / "elsewhere")
-    assert "outside the checkpoint folder" in refused_by_all(refused, checkpoint)
+    err = refused_by_all(refused, checkpoint)
+    assert (
+        f"{checkpoint / 'model.safetensors'} is a symbolic link that leads outside the checkpoint folder; got " in err
+    )
+    assert "; fix: put what it leads to in its place" in err
+
+
+@pytest.mark.parametrize("content", ["{}", "[" * 100_000, None], ids=["empty", "nested", "link"])
+def test_tokenizer_that_no_engine_may_hold(
+    refused: Refuse, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
+    """Every way of making something refuses it, before any weight is read."""
+    path = checkpoint / "tokenizer.json"
+    path.symlink_to("/etc/passwd") if content is None else path.write_text(content)
+    monkeypatch.setattr(Checkpoint, "rows", None)
+    err = refused_by_all(refused, checkpoint)
+    assert f"{path} is {'a symbolic link' if content is None else 'damaged'}" in err
+    assert refused("export", checkpoint, "--link", "--out", checkpoint.parent / "linked") == err
+    assert refused("export", checkpoint) == err
 
 
 def test_wrong_tensor_shape(refused: Refuse, checkpoint: Path) -> None:
