@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -29,31 +30,28 @@ def new_directory(out: Path, force: bool) -> Iterator[Path]:
     made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]  # innermost first
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
+        remove_abandoned(out.parent, f".{glob.escape(out.name)}.*{_PARTIAL}")
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=_PARTIAL, dir=out.parent))
     except OSError as error:
         raise GateworkError(f"cannot write to {out.parent}", got=error.strerror, fix="choose another --out") from None
-    lock = _lock(staging)
-    try:
-        staging.chmod(0o755)
-        yield staging
-        check_free(out, force)  # another build may have been faster
-        if out.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-            out.rename(retired / out.name)
-            staging.rename(out)
-            shutil.rmtree(retired)
-        else:
-            staging.rename(out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        with suppress(OSError):  # somebody else may use them by now
-            for folder in made:
-                folder.rmdir()
-        raise
-    finally:
-        if lock is not None:
-            os.close(lock)
+    with hold(staging):
+        try:
+            staging.chmod(0o755)
+            yield staging
+            check_free(out, force)  # another build may have been faster
+            if out.exists():
+                retired = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+                out.rename(retired / out.name)
+                staging.rename(out)
+                shutil.rmtree(retired)
+            else:
+                staging.rename(out)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            with suppress(OSError):  # somebody else may use them by now
+                for folder in made:
+                    folder.rmdir()
+            raise
 
 
 @contextmanager
@@ -95,11 +93,24 @@ def check_free(out: Path, force: bool, option: str = "--out") -> None:
             raise GateworkError(f"{out} exists and is not empty", fix=fix)
 
 
-def _remove_abandoned(out: Path) -> None:
-    """Delete what killed builds of `out` left: folders that nobody holds the lock of, and that are not brand-new."""
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.*{_PARTIAL}"):
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which says that it is in use."""
+    lock = _lock(folder)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def remove_abandoned(parent: Path, pattern: str) -> None:
+    """Delete what killed processes of this user left: folders that nobody holds the lock of, and that are not brand-new."""
+    for folder in parent.glob(pattern):
         with suppress(OSError):
-            if time.time() - folder.stat().st_mtime > _SETTLED and (lock := _lock(folder)) is not None:
+            facts = folder.lstat()
+            ours = stat.S_ISDIR(facts.st_mode) and (sys.platform == "win32" or facts.st_uid == os.getuid())
+            if ours and time.time() - facts.st_mtime > _SETTLED and (lock := _lock(folder)) is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)
 

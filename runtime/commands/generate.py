@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,7 @@ def _generate(llm: LLM, args: argparse.Namespace, texts: list[str], params: Samp
     if args.json:
         for completion in llm.generate(prompts, params):
             print(json.dumps(asdict(completion)))
-    elif len(prompts) == 1 and llm.tokenizer is not None:
+    elif len(prompts) == 1:
         _stream(llm, prompts[0], params, args.echo)
     else:
         for number, completion in enumerate(llm.generate(prompts, params), start=1):
@@ -136,15 +137,16 @@ def _chat(llm: LLM, args: argparse.Namespace) -> list[list[int]]:
 
 
 def _stream(llm: LLM, prompt: Prompt, params: SamplingParams, echo: bool) -> None:
-    """Print one completion's text as it comes."""
+    """Print one completion's text, or token ids without a tokenizer, as it comes."""
     stream = llm.stream(prompt, params)
     first = next(stream)  # a bad prompt is an error before anything is printed
     if echo:
         print(_prompt_text(llm, prompt), end="")
-    token_ids, logprobs = list(first.token_ids), list(first.logprobs or [])
-    print(first.text, end="", flush=True)
-    for delta in stream:
-        print(delta.text, end="", flush=True)
+    token_ids: list[int] = []
+    logprobs: list[dict[int, float]] = []
+    for delta in chain([first], stream):
+        ids = " " * bool(token_ids and delta.token_ids) + _joined(delta.token_ids)
+        print(ids if llm.tokenizer is None else delta.text, end="", flush=True)
         token_ids += delta.token_ids
         logprobs += delta.logprobs or []
     print()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -80,6 +80,7 @@ def verify(
     """
     from gatework.export.checkpoint import Checkpoint
 
+    start = time.perf_counter()
     engine = Engine.open(engine_dir)
     checkpoint = Checkpoint.open(os.fspath(checkpoint_dir), drop_tokens=engine.model.get("drop_tokens", False))
     _check_pair(engine, checkpoint, check_fingerprint)
@@ -98,7 +99,15 @@ def verify(
         found.collect(checkpoint, _format(engine), None if work is None else kept, progress)
     checks = [*found.step_checks(changed), *found.logit_checks(bounds, has_text=text is not None)]
     facts = plan.facts(engine) | found.facts(has_text=text is not None)
-    return found.report(engine, str(checkpoint.path), checks, facts, _versions(engine), has_text=text is not None)
+    return found.report(
+        engine,
+        str(checkpoint.path),
+        checks,
+        facts,
+        _versions(engine),
+        has_text=text is not None,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def compare_engines(
@@ -122,6 +131,7 @@ def compare_engines(
     Raises:
         GateworkError: a bad engine, or two that are not of one model.
     """
+    start = time.perf_counter()
     engine, other = Engine.open(engine_dir), Engine.open(other_dir)
     for name in ("family", *_SIZES, "moe", "drop_tokens"):
         ours, theirs = engine.model.get(name), other.model.get(name)
@@ -138,11 +148,11 @@ def compare_engines(
         raise GateworkError(
             f"{other.path} takes shorter sequences", got=other.limits.max_seq, expected=expected, fix=fix
         )
-    with tempfile.TemporaryDirectory(prefix="gatework-verify-") as folder:
+    with work_folder(None) as folder:
         recordings = []
         for name, each in (("engine", engine), ("other", other)):
-            (Path(folder) / name).mkdir()
-            recordings.append(Recording(Path(folder) / name, plan.cases))
+            (folder / name).mkdir()
+            recordings.append(Recording(folder / name, plan.cases))
             _run(each, plan, recordings[-1], min(_slots(engine), _slots(other)), threads, progress)
         found = Findings(recordings[0], engine.model)
         found.collect_from(recordings[1])
@@ -155,6 +165,7 @@ def compare_engines(
         facts,
         _versions(engine),
         has_text=text is not None,
+        seconds=time.perf_counter() - start,
     )
 
 

@@ -229,6 +229,7 @@ class Findings:
         versions: dict[str, str],
         *,
         has_text: bool,
+        seconds: float,
     ) -> VerifyReport:
         """All together."""
         return VerifyReport(
@@ -243,6 +244,7 @@ class Findings:
             experts=self.experts.to_dict() if self.experts is not None and self.stages else None,
             quality=self.quality(has_text=has_text),
             facts=facts | {"versions": ", ".join(f"{name} {number}" for name, number in versions.items())},
+            seconds=seconds,
         )
 
     def facts(self, *, has_text: bool) -> dict[str, Any]:

@@ -11,14 +11,14 @@ from gatework.runtime.verify.markup import element, number, shown, stage_name
 def to_junit(report: dict[str, Any]) -> str:
     """The XML, to be written as UTF-8.
 
-    One suite: a case for the verdict, which fails with the report, one for every check and one for every stage. Facts are
-    properties.
+    One suite: a case for the verdict, which fails with the report and has the time of all, and one for every check and every
+    stage, none of which is timed. Facts are properties.
     """
     cases = [_verdict(report)]
     cases += [_case("checks", shown(check.get("name")), check, "observed") for check in report.get("checks") or []]
     cases += [_case("stages", _stage_name(stage), stage, "local") for stage in report.get("stages") or []]
     failures = sum(case.find("failure") is not None for case in cases)
-    counts = {"tests": len(cases), "failures": failures, "errors": 0, "skipped": 0, "time": 0}
+    counts = {"tests": len(cases), "failures": failures, "errors": 0, "skipped": 0, "time": report.get("seconds")}
     suite = element("testsuite", _properties(report), *cases, name="gatework verify", **counts)
     root = element("testsuites", suite, name="gatework verify", **counts)
     ElementTree.indent(root)
@@ -37,9 +37,9 @@ def _verdict(report: dict[str, Any]) -> ElementTree.Element:
     summary = shown(report.get("summary"))
     first = report.get("first_divergence")
     if report.get("passed"):
-        return _testcase("verdict", "verdict", element("system-out", summary))
+        return _testcase("verdict", "verdict", element("system-out", summary), report.get("seconds"))
     place = "" if not first else "\n".join(f"{name}: {shown(value)}" for name, value in first.items())
-    return _testcase("verdict", "verdict", _failure(summary, place))
+    return _testcase("verdict", "verdict", _failure(summary, place), report.get("seconds"))
 
 
 def _case(group: str, name: str, entry: dict[str, Any], observed: str) -> ElementTree.Element:
@@ -67,8 +67,8 @@ def _stage_name(stage: dict[str, Any]) -> str:
     return name if stage.get("layer") is None else f"{place}: {tensor}"
 
 
-def _testcase(group: str, name: str, result: ElementTree.Element) -> ElementTree.Element:
-    return element("testcase", result, classname=f"gatework.verify.{group}", name=name, time=0)
+def _testcase(group: str, name: str, result: ElementTree.Element, seconds: float | None = None) -> ElementTree.Element:
+    return element("testcase", result, classname=f"gatework.verify.{group}", name=name, time=seconds)
 
 
 def _failure(message: str, text: str) -> ElementTree.Element:

@@ -9,6 +9,8 @@ from typing import Any
 from gatework.runtime.formatting import table
 from gatework.runtime.verify.stages import Stage
 
+_OF_QUALITY = ("prefill: mean KL", "decode: mean KL", "top-1 disagreement", "perplexity change")
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -82,7 +84,7 @@ class VerifyReport:
 
     stages: every step of the tapped tokens, in order of computation. first_divergence: the first of them that failed.
     experts: see `routing.Experts`; None for a dense model, or without steps. quality: figures of the logits.
-    facts: what all this was made with.
+    facts: what all this was made with. seconds: how long it took, or this run's part of it.
     """
 
     engine: str
@@ -96,11 +98,17 @@ class VerifyReport:
     experts: dict[str, Any] | None
     quality: dict[str, Any]
     facts: dict[str, Any]
+    seconds: float
 
     @property
     def passed(self) -> bool:
         """Whether every check passed, and at least one had a bound."""
         return all(check.passed for check in self.checks) and any(check.bound is not None for check in self.checks)
+
+    @property
+    def quality_judged(self) -> bool:
+        """Whether there was a bound on what number formats cost the model; without a text `verify` sets none."""
+        return any(check.bound is not None and check.name in _OF_QUALITY for check in self.checks)
 
     @property
     def summary(self) -> str:
@@ -109,7 +117,8 @@ class VerifyReport:
             judged = sum(check.bound is not None for check in self.checks)
             steps = sum(math.isfinite(stage.bound) for stage in self.stages)
             inside = f", {steps} steps explained by rounding" if steps else ""
-            return f"passed: {judged} checks within their bounds{inside}"
+            unjudged = "" if self.quality_judged else "; quality was not judged (no --text)"
+            return f"passed: {judged} checks within their bounds{inside}{unjudged}"
         if self.first_divergence is not None:
             return f"FAILED: first divergence in {self.first_divergence}"
         return "FAILED: " + ", ".join(check.name for check in self.checks if not check.passed)
@@ -127,6 +136,7 @@ class VerifyReport:
             "model": model,
             "passed": self.passed,
             "summary": self.summary,
+            "seconds": round(self.seconds, 3),
             "first_divergence": None if self.first_divergence is None else self.first_divergence.to_dict(),
             "checks": [check.to_dict() for check in self.checks],
             "stages": [stage.to_dict() for stage in self.stages],

@@ -23,6 +23,7 @@ from gatework.runtime.verify.record import Recording
 from gatework.runtime.verify.routing import Experts
 from gatework.runtime.verify.stages import Stage
 
+_PREFIX, _SUFFIX = "gatework-verify-", ".partial"  # of temporary folders, whose owners hold their locks
 _KEY, _ENGINE, _REFERENCE = "verification.json", "engine.npz", "reference.npz"
 
 
@@ -91,9 +92,15 @@ class Work:
 
 @contextmanager
 def work_folder(folder: Path | None) -> Iterator[Path]:
-    """The folder, made if there is none; without one a temporary folder, which is removed in the end."""
+    """The folder, made if there is none; without one a temporary folder, which is removed in the end.
+
+    What runs of this user that were killed left of theirs goes first.
+    """
     if folder is None:
-        with tempfile.TemporaryDirectory(prefix="gatework-verify-") as made:
+        from gatework.export.staging import hold, remove_abandoned
+
+        remove_abandoned(Path(tempfile.gettempdir()), f"{_PREFIX}*{_SUFFIX}")
+        with tempfile.TemporaryDirectory(prefix=_PREFIX, suffix=_SUFFIX) as made, hold(Path(made)):
             yield Path(made)
         return
     try:

@@ -295,10 +295,12 @@ def test_chat(engine: Path, llm: LLM, run: Run) -> None:
     assert json.loads(out)["prompt_token_ids"] == want.prompt_token_ids
 
 
-def test_token_ids_without_a_tokenizer(mute: Path, run: Run) -> None:
+def test_token_ids_without_a_tokenizer(mute: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     want = LLM(mute).generate([1, 2, 3], SamplingParams(max_tokens=5, temperature=0, ignore_eos=True))[0].token_ids
+    monkeypatch.setattr(LLM, "generate", None)  # they stream out, as text does
     out = run("generate", mute, "--prompt-ids", "1,2,3", "--max-tokens", 5, "--ignore-eos")
-    assert [int(word) for word in out.split()] == want
+    assert out == " ".join(map(str, want)) + "\n"
+    assert run("generate", mute, "--prompt-ids", "1,2,3", "--max-tokens", 5, "--ignore-eos", "--echo") == "1 2 3 " + out
     out = run("generate", mute, "--prompt-ids", "1, 2, 3", "--max-tokens", 5, "--ignore-eos", "--logprobs", 0)
     assert [int(line.split()[0]) for line in out.splitlines()[1:]] == want
 

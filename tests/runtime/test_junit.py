@@ -31,10 +31,12 @@ def test_a_case_for_every_check_and_stage() -> None:
     assert len(cases) == 1 + len(report["checks"]) + len(report["stages"])
     counts = {name: suite.get(name) for name in ("tests", "failures", "errors", "skipped")}
     assert counts == {"tests": str(len(cases)), "failures": "0", "errors": "0", "skipped": "0"}
+    timed = {node.get("name"): node.get("time") for node in [suite, *cases] if node.get("time") is not None}
+    assert timed == {"gatework verify": "41.37", "verdict": "41.37"}
     properties = {node.get("name"): node.get("value") for node in suite.iter("property")}
     assert properties["precision"] == "int8"
     assert properties["model.num_layers"] == "3"
-    assert properties["seconds"] == "41.37"
+    assert properties["threads"] == "2"
     assert properties["not_covered"] == ""
 
 

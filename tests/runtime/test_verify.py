@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
+import sys
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from gatework.runtime.verify.feed import Case, feed
 from gatework.runtime.verify.perplexity import negative_log_likelihood, perplexity, windows
 from gatework.runtime.verify.record import Recording
 from gatework.runtime.verify.stages import judge
+from gatework.runtime.verify.work import work_folder
 from tests.checkpoints import EXPERTS_LAST, make_checkpoint, reference_model
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-mixtral"
@@ -256,6 +260,7 @@ def test_a_report_without_bounds_does_not_pass(sound: tuple[Path, Path]) -> None
     path, engine = sound
     report = verify(engine, path, tokens=2, bounds=Bounds())
     assert report.passed  # the steps have bounds of their own
+    assert report.summary.endswith("steps explained by rounding; quality was not judged (no --text)")
     assert not replace(report, checks=tuple(check for check in report.checks if check.bound is None)).passed
 
 
@@ -263,6 +268,23 @@ def test_window_that_no_sequence_reaches_is_named(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "mistral", num_layers=1, sliding_window=40)
     engine = build_engine(path, tmp_path / "engine", precision="fp32", max_seq=32)
     assert "sliding window of 40" in verify(engine, path, tokens=4).facts["not_covered"]
+
+
+# ---- temporary folders
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are not locked there, and so not removed")
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with work_folder(None) as first:
+        os.utime(first, (0, 0))
+        with work_folder(None):
+            assert first.exists()  # at work, however old
+    assert list(tmp_path.iterdir()) == []
+    first.mkdir()
+    os.utime(first, (0, 0))
+    with work_folder(None):
+        assert not first.exists()
 
 
 # ---- the command
@@ -278,6 +300,8 @@ def test_command(
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "\n\npassed: " in out
+    assert "not judged" not in out
+    assert json.loads(report.read_text())["seconds"] > 0
     assert "perplexity change" in out
     assert json.loads(report.read_text())["passed"] is True
     monkeypatch.setitem(DEFAULT_BOUNDS, "int8", Bounds(mean_kl=1e-9))
