@@ -143,7 +143,7 @@ def test_a_stopped_verification_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
             verify(engine, path, tokens=4, work=tmp_path / "work")
     report = verify(engine, path, tokens=4, work=tmp_path / "work")
     assert seen == [name for name in ("encoder.0", "encoder.1", "0", "1") for _ in range(2)]
-    assert report.to_dict() == want.to_dict()
+    assert report.to_dict() | {"seconds": 0} == want.to_dict() | {"seconds": 0}
 
 
 def test_another_encoder_is_found(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_a_stopped_run_goes_on(sound: tuple[Path, Path], tmp_path: Path, monkeyp
     monkeypatch.setattr("gatework.runtime.verify.checks.open_backend", None)
     report = verify(engine, path, tokens=4, work=tmp_path)
     assert seen == [0, 1, 1]
-    assert report.to_dict() == want.to_dict()
+    assert report.to_dict() | {"seconds": 0} == want.to_dict() | {"seconds": 0}
     with pytest.raises(GateworkError, match="holds another verification"):
         verify(engine, path, tokens=5, work=tmp_path)
 
