@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import io
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from functools import partial
 from pathlib import Path
 
 import onnxruntime
+import torch
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from gatework.export.build import build_engine, export_onnx
@@ -97,13 +100,27 @@ def main() -> int:
 def _checkpoints(model: str, seeds: int) -> Iterator[Path]:
     if model in FOLDERS:
         yield FOLDERS[model]
+    if model == TINY.name:
         return
-    for seed in range(seeds):
+    makers = {QWEN.name: _redrawn, SWITCH: make_switch}
+    for seed in range(int(model in FOLDERS), seeds):
         with tempfile.TemporaryDirectory() as folder:
             with contextlib.redirect_stderr(io.StringIO()):  # transformers' own progress bars
-                make = make_switch if model == SWITCH else partial(make_checkpoint, model=model)
-                checkpoint = make(Path(folder), seed=seed)
+                checkpoint = makers.get(model, partial(make_checkpoint, model=model))(Path(folder), seed=seed)
             yield checkpoint
+
+
+def _redrawn(folder: Path, *, seed: int) -> Path:
+    """Qwen's checkpoint with other random weights, each tensor's as large as they were."""
+    out = Path(shutil.copytree(QWEN, folder / "qwen"))
+    generator = torch.Generator().manual_seed(seed)
+    for file in out.glob("*.safetensors"):
+        tensors = {
+            name: (torch.randn(w.shape, generator=generator) * w.float().std() + w.float().mean()).to(w.dtype)
+            for name, w in load_file(file).items()
+        }
+        save_file(tensors, file)
+    return out
 
 
 def _judge(cell: Cell, checkpoint: Path) -> VerifyReport:
