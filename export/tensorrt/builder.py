@@ -154,7 +154,10 @@ class _Stop:
 
 @contextmanager
 def _interruptible() -> Iterator[_Stop]:
-    """Ctrl-C and SIGTERM are noted, so that the compiler stops at its next step; then they take their usual course."""
+    """Ctrl-C and SIGTERM are noted, so that the compiler stops at its next step; then they take their usual course.
+
+    One that the process ignores, as it does in the background of a shell, stays ignored.
+    """
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -163,7 +166,8 @@ def _interruptible() -> Iterator[_Stop]:
     def note(number: int, frame: FrameType | None) -> None:
         stop.signal = number
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield stop
     finally:

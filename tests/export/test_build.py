@@ -102,12 +102,17 @@ def test_a_failed_build_leaves_nothing_and_keeps_the_old_engine(
     assert contents(out) == before
 
 
+def heed_interrupts() -> None:
+    """In a new process: the tests may have been started by a shell that had SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_build_leaves_nothing(tmp_path: Path, number: int) -> None:
     """The signal arrives at a random moment of a real build in a process of its own."""
     out = tmp_path / "engines" / "one"
     command = [sys.executable, "-m", "gatework.runtime.cli", "build", CHECKPOINT, "--precision", "int4", "--out", out]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=heed_interrupts)
     deadline = time.monotonic() + 60
     while not out.parent.exists() and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -27,6 +27,7 @@ from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import ModelConfig
 from gatework.export.options import BuildOptions
 from gatework.export.sizes import gpu_weight_bytes
+from gatework.export.tensorrt import builder
 from gatework.export.tensorrt.kernels import largest_call
 from gatework.export.tensorrt.preflight import Preflight
 from gatework.export.uptodate import is_current
@@ -40,6 +41,7 @@ from gatework.plugins.moe.reference import unpack_int4
 from gatework.plugins.moe.spec import MoEAttributes, MoESizes
 from gatework.runtime.cli import main
 from tests.checkpoints import DENSE_FIRST, EXPERTS_LAST, make_checkpoint
+from tests.export.test_build import heed_interrupts
 from tests.plan_text import compiled_products
 
 pytest.importorskip(
@@ -455,9 +457,8 @@ def test_a_stopped_build_leaves_nothing(mixtral: Path, tmp_path: Path, number: i
         "bf16",
     ]
     out = tmp_path / "engines" / "stopped"
-    process = subprocess.Popen(
-        [*map(str, command), "--out", str(out)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
+    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen([*map(str, command), "--out", str(out)], preexec_fn=heed_interrupts, **streams)
     while not list(tmp_path.glob("engines/.stopped.*/model.plan")):  # the compiler runs
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.01)
@@ -467,3 +468,13 @@ def test_a_stopped_build_leaves_nothing(mixtral: Path, tmp_path: Path, number: i
     assert (process.returncode == 0) == out.exists()
     assert [path for path in tmp_path.rglob("*") if path.name.startswith(".")] == []
     assert process.returncode == 0 or not list(tmp_path.iterdir())
+
+
+def test_an_ignored_signal_does_not_stop_the_compiler() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with builder._interruptible() as stop:
+            signal.raise_signal(signal.SIGINT)
+        assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGINT, before)
