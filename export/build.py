@@ -93,7 +93,9 @@ def build_engine(
 def _open(source: str | os.PathLike[str], drop_tokens: bool) -> tuple[Checkpoint, Tokenizer | None]:
     """A checkpoint and its tokenizer, both checked before any work is done with them."""
     checkpoint = Checkpoint.open(source, drop_tokens=drop_tokens)
-    return checkpoint, open_tokenizer(checkpoint.path)
+    tokenizer = open_tokenizer(checkpoint.path)
+    checkpoint.check_small()
+    return checkpoint, tokenizer
 
 
 def finish_engine(

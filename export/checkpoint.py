@@ -167,6 +167,18 @@ class Checkpoint:
         weight = self.weights[name]
         return self.rows(name, 0, count_rows(weight)).view(weight.shape)
 
+    def check_small(self, *, max_bytes: int = 64 << 20) -> None:
+        """Read the smallest weights, as many as `max_bytes` hold: norms, biases, scales of codes, or a tiny checkpoint's all.
+
+        What is not finite in them is a GateworkError now, and in others when their turn comes.
+        """
+        for name in sorted(self.weights, key=self.weight_bytes):
+            max_bytes -= self.weight_bytes(name)
+            if max_bytes < 0:
+                return
+            for _ in self.parts(name):
+                pass
+
     def parts(self, name: str, *, max_bytes: int = PART_BYTES) -> Iterator[Tensor]:
         """A canonical weight in pieces along axis 0, in order, so that memory stays bounded by one of them.
 

@@ -23,6 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gatework.export import build
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import ModelConfig
 from gatework.plugins.errors import GateworkError
@@ -562,6 +563,21 @@ def test_weights_that_are_not_finite(forms: dict[str, Path], tmp_path: Path, dty
     checkpoint.read("layers.0.moe.w_in")
     with pytest.raises(GateworkError, match=rf"tensor {name} in .* not finite.*(nan|inf)"):
         checkpoint.read("layers.0.moe.w_out")
+
+
+def test_weights_of_small_checkpoints_are_read_before_any_work(
+    forms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(forms["hf"], tmp_path / "checkpoint"))
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.block_sparse_moe.experts.3.w2.weight"][5, 7] = float("nan")
+    save_file(tensors, path / "model.safetensors")
+    monkeypatch.setattr(build, "trace", None)
+    for make in (build.build_engine, build.export_onnx):
+        with pytest.raises(GateworkError, match="not finite"):
+            make(path, tmp_path / "engine")
+    checkpoint = Checkpoint.open(path)
+    checkpoint.check_small(max_bytes=checkpoint.weight_bytes("layers.0.moe.w_out") - 1)  # others are read in their turn
 
 
 def test_weights_that_are_not_finite_in_turned_rows(forms: dict[str, Path], tmp_path: Path) -> None:
