@@ -35,6 +35,7 @@ _ABOUT = """
 
     --calibration-text makes int4 engines, and experts in fp8, better and their build slower: GPTQ rounds each weight with
     knowledge of the others and of their inputs. The text should be like what the model will see; some ten thousand tokens do.
+    --pure makes int4 engines smaller and faster, and less exact; it wants such a text.
 
     --stages N is for models that no single device holds: N graphs with their weights, each of some whole layers, which run in
     turn in one process, or each in a process of its own (gatework generate --stage-processes).
