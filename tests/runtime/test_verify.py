@@ -29,9 +29,10 @@ from gatework.runtime.cli import main
 from gatework.runtime.verify import DEFAULT_BOUNDS, Bounds, Check, VerifyReport, checks, compare_engines, verify
 from gatework.runtime.verify.compare import Comparison, Place, kl_divergence, relative_error, top_overlap
 from gatework.runtime.verify.feed import Case, feed
+from gatework.runtime.verify.findings import Findings
 from gatework.runtime.verify.perplexity import negative_log_likelihood, perplexity, windows
 from gatework.runtime.verify.record import Recording
-from gatework.runtime.verify.stages import judge
+from gatework.runtime.verify.stages import Stage, judge
 from gatework.runtime.verify.work import work_folder
 from tests.checkpoints import EXPERTS_LAST, make_checkpoint, reference_model
 
@@ -183,6 +184,25 @@ def test_prompts_and_bounds_of_ones_own(sound: tuple[Path, Path]) -> None:
     assert check.observed <= check.would_pass <= 1.1 * check.observed
     loose = Bounds(relative=max(c.would_pass or 0 for c in strict.checks if "relative" in c.name))
     assert verify(engine, path, prompts=[[1, 2, 3]], tokens=5, bounds=loose).passed
+
+
+@pytest.mark.parametrize(
+    ("passed", "stage_bound", "amplified", "bound"),
+    [(True, 1.0, 4.0, 8e-5), (False, 1.0, 4.0, 1e-5), (True, math.inf, 4.0, 1e-5), (True, 1.0, None, 1e-5)],
+)
+def test_logits_may_be_off_as_rounding_makes_those_that_it_explains(
+    tmp_path: Path, passed: bool, stage_bound: float, amplified: float | None, bound: float
+) -> None:
+    """Where every step of them was judged, and passed, and a model's own bounds are used."""
+    found = Findings(Recording(tmp_path, []), {}, amplified=2e-5)
+    numbers = dict.fromkeys(("local", "expected", "accumulated", "observed"), 0.0)
+    found.stages.append(Stage(0, "key", **numbers, bound=stage_bound, compared=1, passed=passed, row=0, note=""))
+    rows = np.ones((1, 8), np.float32)
+    found.rows["decode"].add(rows, rows * (1 + 5e-5), [Place(0, "window 1")])
+    bounds = Bounds(relative=1e-5, amplified=amplified)
+    (check,) = (c for c in found.logit_checks(bounds, has_text=False) if c.name == "decode: max relative error")
+    assert check.bound == pytest.approx(bound)
+    assert check.passed == (bound > 5e-5)
 
 
 @pytest.mark.parametrize("text", ["", "import os\n"])
