@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from gatework.export.checkpoint import Checkpoint
-from gatework.export.onnx_export import cache_names
 from gatework.export.reference import load_decoder
 from gatework.export.staging import check_free
 from gatework.plugins.errors import GateworkError
@@ -31,6 +30,8 @@ def write_golden(checkpoint: Checkpoint, folder: Path, max_seq: int, *, all_logi
     """Write inputs.json, random tokens from an empty cache, and outputs.json, what the float32 reference makes of them."""
     from polygraphy.comparator import RunResults
     from polygraphy.json import save_json
+
+    from gatework.export.onnx_export import cache_names
 
     config = checkpoint.config
     decoder = load_decoder(checkpoint, max_seq, all_logits=all_logits)

@@ -19,7 +19,7 @@ if _worker and hasattr(os, "sched_setaffinity"):  # each takes its part instead 
 @pytest.fixture(autouse=True, scope="session")
 def _trace_once() -> Iterator[None]:
     """Builds of one architecture start from copies of one traced graph: tracing takes seconds and depends on nothing else."""
-    from gatework.export import build, onnx_export
+    from gatework.export import engine_writer, onnx_export
     from gatework.export.tensorrt import compile as tensorrt_compile
 
     traced = cache(onnx_export.trace)
@@ -28,6 +28,6 @@ def _trace_once() -> Iterator[None]:
         return traced(*args, **settings).clone()
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (build, tensorrt_compile):
+        for module in (engine_writer, tensorrt_compile):
             patch.setattr(module, "trace", trace)
         yield

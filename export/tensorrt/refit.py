@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gatework.export.build import finish_engine
 from gatework.export.checkpoint import Checkpoint
+from gatework.export.engine_writer import finish_engine
 from gatework.export.folder import read_json
 from gatework.export.materialize import EXPERTS, write_experts
 from gatework.export.options import BuildOptions

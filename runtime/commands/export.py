@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gatework.plugins.engine_format import IN_PLACE
 from gatework.plugins.errors import GateworkError
 from gatework.runtime.commands.common import Commands, add_command, add_drop_tokens, integer, require_build_tools
 from gatework.runtime.formatting import counted, size
+
+if TYPE_CHECKING:
+    from gatework.export.references import References
 
 _ABOUT = """
     Write the canonical ONNX model of a checkpoint: model.onnx, and its weights as external data beside it.
@@ -56,7 +60,6 @@ def run(args: argparse.Namespace) -> int:
     """Export, and say how large."""
     require_build_tools("gatework export")
     from gatework.export.build import export_onnx
-    from gatework.export.references import References
 
     if args.link and args.out is None:
         raise GateworkError("--link shares files with a folder", got="no --out", fix="name one, or leave --link out")

@@ -34,7 +34,8 @@ _BIASES = {
 }
 _GATES = {"none": "not gated", "two_way": "gated", "three_way": "gates twice as wide, one half times the other"}
 _DEFAULT_SIZES = "16GiB,24GiB,32GiB,48GiB,80GiB,141GB"
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.index.json", "tensor00000_000", "ckpt-0/tensor00000_000")
+_WEIGHT_FILES: tuple[str, ...] = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.index.json")
+_WEIGHT_FILES += ("tensor00000_000", "ckpt-0/tensor00000_000", "target.*")  # Grok-1's and T5X's
 
 
 def add(commands: Commands) -> None:

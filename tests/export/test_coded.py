@@ -15,7 +15,7 @@ import torch
 from onnx import numpy_helper
 from safetensors import safe_open
 
-from gatework.export import build
+from gatework.export import engine_writer
 from gatework.export.build import build_engine
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.ckpt import ScaledTensor
@@ -173,7 +173,7 @@ def test_verification_expects_no_error_of_kept_weights(tmp_path: Path, monkeypat
     assert report.passed, str(report)
     errors = {stage.tensor: stage.local for stage in report.stages}
     assert max(errors[name] for name in ("key", "value", "attention")) < 1e-4
-    monkeypatch.setattr(build, "stored_blocks", lambda *_: {})
+    monkeypatch.setattr(engine_writer, "stored_blocks", lambda *_: {})
     rounded = build_engine(path, tmp_path / "rounded", **settings)
     assert kept(rounded) == {}
     manifest, honest = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("rounded", "kept"))
@@ -215,7 +215,7 @@ def test_experts_are_as_near_as_their_activations(tmp_path: Path, monkeypatch: p
 
     bound = 1e-4
     assert error(build_engine(path, tmp_path / "kept", precision="int8")) < bound
-    monkeypatch.setattr(build, "stored_blocks", lambda *_: {})
+    monkeypatch.setattr(engine_writer, "stored_blocks", lambda *_: {})
     assert error(build_engine(path, tmp_path / "rounded", precision="int8")) > 10 * bound
 
 

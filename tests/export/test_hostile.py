@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gatework.export import build
+from gatework.export import build, engine_writer
 from gatework.export.checkpoint import Checkpoint
 from gatework.export.config import ModelConfig
 from gatework.plugins.errors import GateworkError
@@ -446,8 +446,12 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A sound checkpoint in every format."""
-    folder = tmp_path_factory.mktemp("sound")
+    """See `sound_checkpoints`."""
+    return sound_checkpoints(tmp_path_factory.mktemp("sound"))
+
+
+def sound_checkpoints(folder: Path) -> dict[str, Path]:
+    """A checkpoint in every format that cases start from."""
     mixtral = make_checkpoint(folder, "mixtral", num_layers=1)
     make_byte_level(mixtral)
     llama = make_checkpoint(folder, "llama2", num_layers=1)
@@ -551,6 +555,13 @@ def found_wrong(case: Case, result: dict[str, Any], folder: Path) -> str | None:
 # ---- weights that are not numbers
 
 
+def spoil_with_nan(path: Path) -> None:
+    """One weight of an expert."""
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.block_sparse_moe.experts.3.w2.weight"][5, 7] = float("nan")
+    save_file(tensors, path / "model.safetensors")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_weights_that_are_not_finite(forms: dict[str, Path], tmp_path: Path, dtype: torch.dtype, value: float) -> None:
@@ -569,15 +580,28 @@ def test_weights_of_small_checkpoints_are_read_before_any_work(
     forms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = Path(shutil.copytree(forms["hf"], tmp_path / "checkpoint"))
-    tensors = load_file(path / "model.safetensors")
-    tensors["model.layers.0.block_sparse_moe.experts.3.w2.weight"][5, 7] = float("nan")
-    save_file(tensors, path / "model.safetensors")
-    monkeypatch.setattr(build, "trace", None)
+    spoil_with_nan(path)
+    monkeypatch.setattr(engine_writer, "trace", None)
     for make in (build.build_engine, build.export_onnx):
         with pytest.raises(GateworkError, match="not finite"):
             make(path, tmp_path / "engine")
     checkpoint = Checkpoint.open(path)
     checkpoint.check_small(max_bytes=checkpoint.weight_bytes("layers.0.moe.w_out") - 1)  # others are read in their turn
+
+
+def test_onnx_is_not_loaded_before_the_checkpoint_is_opened(forms: dict[str, Path], tmp_path: Path) -> None:
+    """Loading it takes longer than refusing does."""
+    path = Path(shutil.copytree(forms["hf"], tmp_path / "checkpoint"))
+    spoil_with_nan(path)
+    code = """
+import sys
+from gatework.runtime.cli import main
+status = main(sys.argv[1:])
+print(status, sorted({"onnx", "onnx_ir", "onnxscript", "onnxruntime", "transformers"} & sys.modules.keys()))
+"""
+    for words in (["build", path, "--out", tmp_path / "engine"], ["export", path, "--out", tmp_path / "onnx"]):
+        command = [sys.executable, "-c", code, *map(str, words)]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "2 []\n"
 
 
 def test_weights_that_are_not_finite_in_turned_rows(forms: dict[str, Path], tmp_path: Path) -> None:
@@ -597,28 +621,37 @@ def test_weights_that_are_not_finite_in_turned_rows(forms: dict[str, Path], tmp_
 
 # ---- the command
 
-# Runs a command, and adds its peak memory to what it wrote. The process that measures is a small one: ru_maxrss of a child
-# begins with the memory of the process that it was made from.
+# Runs a command, and adds its seconds and its peak memory to what it wrote. The process that measures is a small one: ru_maxrss
+# of a child begins with the memory of the process that it was made from.
 LAUNCHER = """
-import os, resource, subprocess, sys
-done = subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024}))
 sys.exit(done.returncode)
 """
 
 
-def refused_by_command(*words: object) -> str:
-    """The line with which the command refuses, in little memory."""
+def run_command(*words: object) -> tuple[int, str, dict[str, float]]:
+    """Exit code and standard error of a command, and what it took: seconds, bytes of peak memory."""
     command = [sys.executable, "-c", LAUNCHER, sys.executable, "-m", "gatework.runtime.cli", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3 * SECONDS)
-    check_refusal(done.returncode, done.stderr)
-    assert int(done.stdout) < MAX_RSS, f"{int(done.stdout) >> 20} MB"
-    return done.stderr
+    return done.returncode, done.stderr, json.loads(done.stdout)
+
+
+def refused_by_command(*words: object) -> str:
+    """The line with which the command refuses, in little memory."""
+    status, err, took = run_command(*words)
+    check_refusal(status, err)
+    assert took["peak"] < MAX_RSS, f"{took['peak'] / 1e6:.0f} MB"
+    return err
 
 
 INSPECTED = [
     "safetensors: header of 95 MB",
     "torch: pickle that unpacks to 4 GB",
+    "t5x: a trillion chunks",
 ]
 
 
