@@ -44,6 +44,7 @@ def bench(
     threads: int | None = None,
     *,
     stage_processes: bool = False,
+    share_weights: bool = False,
 ) -> dict[str, Any]:
     """Measure greedy generation from random prompts, fixed by a seed; speeds are medians over the repetitions.
 
@@ -53,12 +54,13 @@ def bench(
         new_tokens: decoded per prompt, after the one that prefill gives; default: 64, or what the prompt leaves room for.
         batch: prompts at once. Prefill runs one by one, decode all together.
         stage_processes: run the stages of the engine in processes of their own.
+        share_weights: map the weight files instead of copying them; see `LLM`.
 
     Returns:
         prefill_tok_s and decode_tok_s (tokens per second, of all prompts together); ttft_ms (to the first prompt's first
         token); weight_bytes_per_token (packed weights that one decoded token reads) and gb_s (that many bytes, times
         decode_tok_s, in 1e9 bytes per second: with a batch, more than memory delivers, since its rows share reads);
-        peak_rss_mb (1e6 bytes of this process and its stages', memory-mapped weights included); load_s; and what was measured.
+        peak_rss_mb (1e6 bytes of this process and its stages', weights included); load_s; and what was measured.
 
     Raises:
         GateworkError: not an engine, or a request that does not fit it.
@@ -68,7 +70,7 @@ def bench(
         if value is not None and value < 1:
             raise GateworkError(f"{option(name)} is not positive", got=value, expected="at least 1")
     start = time.perf_counter()
-    with LLM(engine_dir, threads=threads, stage_processes=stage_processes) as llm:
+    with LLM(engine_dir, threads=threads, stage_processes=stage_processes, share_weights=share_weights) as llm:
         load = time.perf_counter() - start
         return _measure(llm, load, prompt_tokens, new_tokens, batch, repeat, threads)
 

@@ -64,6 +64,9 @@ class LLM:
         stage_processes: run each stage of an engine built with --stages in a process of its own, over torch.distributed. They
             end with `close`, at the end of a with block, with this object, or with the program; if one of them ends before,
             calls raise a GateworkError that names its stage.
+        share_weights: map an int8 or int4 CPU engine's weight files, as other engines' are, so that all processes that run it
+            hold them once. Otherwise each copies them into huge pages, which are read faster, if that takes at most half of
+            the memory that is available.
 
     Raises:
         GateworkError: the folder is not a whole, unaltered engine that this version can run.
@@ -77,6 +80,7 @@ class LLM:
         threads: int | None = None,
         check: Check = "auto",
         stage_processes: bool = False,
+        share_weights: bool = False,
     ) -> None:
         self.engine = Engine.open(engine_dir, check="sizes")
         self.tokenizer: Tokenizer | None = load_tokenizer(self.engine.path)
@@ -89,7 +93,13 @@ class LLM:
             raise GateworkError("unknown check", got=repr(check), expected=" or ".join(get_args(Check)))
         with ThreadPoolExecutor(1) as pool:  # the weights are hashed while the session is made of them
             hashing = pool.submit(self.engine.check_weights, check)
-            self._backend = open_backend(self.engine, max_batch=batch, threads=threads, stage_processes=stage_processes)
+            self._backend = open_backend(
+                self.engine,
+                max_batch=batch,
+                threads=threads,
+                stage_processes=stage_processes,
+                share_weights=share_weights,
+            )
             hashing.result()
         self._scheduler = Scheduler(self._backend, self.engine.limits.prefill_chunk)
         self._lock = threading.Lock()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gatework.plugins.errors import GateworkError
 from gatework.runtime.backends.device import Device
+from gatework.runtime.backends.weight_file import StoredTensor, read_header
 
 EXPERTS = "experts.safetensors"
 _PAGE = 4096  # tensors begin at multiples of it
@@ -24,26 +23,10 @@ class Place(NamedTuple):
     nbytes: int
 
 
-def read_places(path: Path) -> dict[str, Place]:
-    """Where the file's tensors lie."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length) if length <= size else b"")
-        ranges = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-        places = {name: Place(8 + length + start, end - start) for name, (start, end) in ranges.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        places = {}
-    if not places or any(place.nbytes < 0 or not 8 <= place.start <= size - place.nbytes for place in places.values()):
-        raise GateworkError(f"{path} is damaged: it names no tensors inside it", fix="build the engine again")
-    return places
-
-
-def span(places: dict[str, Place]) -> tuple[int, int]:
+def span(tensors: dict[str, StoredTensor]) -> tuple[int, int]:
     """First and last byte to copy; the first is that of a page, so that tensors keep their alignment."""
-    first = min(place.start for place in places.values())
-    return first // _PAGE * _PAGE, max(place.start + place.nbytes for place in places.values())
+    first = min(tensor.start for tensor in tensors.values())
+    return first // _PAGE * _PAGE, max(tensor.start + tensor.nbytes for tensor in tensors.values())
 
 
 def chunks(start: int, end: int, size: int) -> Iterator[Place]:
@@ -59,8 +42,8 @@ def upload(device: Device, path: Path) -> dict[str, int]:
     """
     from tqdm import tqdm
 
-    places = read_places(path)
-    start, end = span(places)
+    tensors = read_header(path)
+    start, end = span(tensors)
     base = device.allocate(end - start, "experts")
     pages = np.memmap(path, np.uint8, "r")
     staging = [device.pinned(min(_CHUNK, end - start)) for _ in range(2)]
@@ -79,4 +62,4 @@ def upload(device: Device, path: Path) -> dict[str, int]:
             device.wait(event)
     for buffer in staging:
         device.free_pinned(buffer)
-    return {name: base + place.start - start for name, place in places.items()}
+    return {name: base + tensor.start - start for name, tensor in tensors.items()}

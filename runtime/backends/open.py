@@ -20,6 +20,7 @@ def open_backend(
     threads: int | None = None,
     taps: Sequence[str] = (),
     stage_processes: bool = False,
+    share_weights: bool = False,
 ) -> Backend:
     """Load an engine onto the device that it was built for.
 
@@ -28,6 +29,7 @@ def open_backend(
         threads: of ONNX Runtime's CPU pool.
         taps: values inside the graph to leave in the backend's `tapped`; see `shows_inside`.
         stage_processes: run each stage of the engine in a process of its own, without taps.
+        share_weights: see `OrtBackend`; other backends hold the weights on their device.
 
     Raises:
         GateworkError: an engine that cannot run, or that lacks a GPU or a package here.
@@ -38,16 +40,16 @@ def open_backend(
             raise GateworkError(f"{engine.path} has no stages to run in processes", got="one graph", fix=fix)
         from gatework.runtime.backends.processes import ProcessBackend
 
-        return ProcessBackend(engine, max_batch=max_batch, threads=threads)
+        return ProcessBackend(engine, max_batch=max_batch, threads=threads, share_weights=share_weights)
     module = module_of(engine)
     if module == "onnxruntime":
         if engine.stages:
             from gatework.runtime.backends.stages import StagedBackend
 
-            return StagedBackend(engine, max_batch=max_batch, threads=threads, taps=taps)
+            return StagedBackend(engine, max_batch=max_batch, threads=threads, taps=taps, share_weights=share_weights)
         from gatework.runtime.backends.ort import OrtBackend
 
-        return OrtBackend(engine, max_batch=max_batch, threads=threads, taps=taps)
+        return OrtBackend(engine, max_batch=max_batch, threads=threads, taps=taps, share_weights=share_weights)
     check_runnable(engine, max_batch)
     from gatework.runtime.backends.tensorrt import TensorRTBackend
 

@@ -23,6 +23,7 @@ from gatework.plugins.engine_format import ENCODER_TAPS, TAP_OUTPUT, stage_folde
 from gatework.plugins.errors import GateworkError, GateworkWarning
 from gatework.plugins.machine import usable_cpus
 from gatework.plugins.moe import cpu_ops
+from gatework.runtime.backends.huge_pages import HugePages
 from gatework.runtime.backends.kv import Cache, DeviceCache, HostCache, KVLayout, cached_rows
 from gatework.runtime.backends.source import Source
 from gatework.runtime.backends.steps import Steps
@@ -92,6 +93,8 @@ class OrtBackend(Steps):
         taps: values inside the graph that every step leaves in `tapped`, float32 with the graph's shapes; those of the
             encoder's graph `encode` leaves there.
         stage: one of the engine's.
+        share_weights: map the weight files, which all processes then share that run the engine, instead of copying them into
+            huge pages, which are faster. For int8 and int4 on CPUs; others map them always.
 
     Raises:
         GateworkError: no GPU, or no package, that the engine needs; a graph that ONNX Runtime cannot load.
@@ -106,11 +109,15 @@ class OrtBackend(Steps):
         profile: Path | None = None,
         taps: Sequence[str] = (),
         stage: Stage | None = None,
+        share_weights: bool = False,
     ) -> None:
         self._on_gpu = engine.manifest["target"] == "cuda"
         device = _open_gpu() if self._on_gpu else None
         inside = [tap for tap in taps if not tap.startswith(ENCODER_TAPS)]
-        self.session = _open_session(engine, threads, on_gpu=self._on_gpu, profile=profile, taps=inside, stage=stage)
+        folder = engine.path if stage is None else engine.path / stage_folder(stage.number)
+        self._weights = None if share_weights else HugePages(engine, folder)
+        shared = {"on_gpu": self._on_gpu, "weights": self._weights}
+        self.session = _open_session(engine, threads, **shared, profile=profile, taps=inside, stage=stage)
         inputs = {value.name: value for value in self.session.get_inputs()}
         outputs = {output.name: output for output in self.session.get_outputs()}
         self._taps = _tap_outputs(self.session, inside)
@@ -120,7 +127,7 @@ class OrtBackend(Steps):
         self._source: Source | None = None
         if engine.has_encoder:
             before = [tap for tap in taps if tap.startswith(ENCODER_TAPS)]
-            encoder = _open_session(engine, threads, on_gpu=False, taps=before, graph=engine_format.ENCODER)
+            encoder = _open_session(engine, threads, **shared, taps=before, graph=engine_format.ENCODER)
             seen = _tap_outputs(encoder, before)
             self._source = Source(encoder, inputs, max_batch, engine.limits.max_seq, seen)
         self._cache_type, itemsize = _CACHE_TYPES[past.type]
@@ -234,6 +241,7 @@ def _open_session(
     threads: int | None,
     *,
     on_gpu: bool,
+    weights: HugePages | None,
     profile: Path | None = None,
     taps: Sequence[str] = (),
     stage: Stage | None = None,
@@ -247,6 +255,8 @@ def _open_session(
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     packed = engine.manifest["target"] == "cpu" and engine.manifest["precision"] != "fp32"
     native = packed and _register_kernels(options, engine)
+    if native and weights is not None:
+        weights.give(options)
     folder = engine.path
     if stage is not None:
         folder /= stage_folder(stage.number)

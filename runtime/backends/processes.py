@@ -39,13 +39,13 @@ class Crew:
     failure: how that happened, once it has. After `close` it says so.
     """
 
-    def __init__(self, engine: Engine, folder: Path, max_batch: int, threads: int | None) -> None:
+    def __init__(self, engine: Engine, folder: Path, max_batch: int, threads: int | None, share_weights: bool) -> None:
         self.failure: GateworkError | None = None
         self._ended = threading.Event()
         self._processes: list[subprocess.Popen[str]] = []
         self._stages = engine.stages
         for stage in engine.stages:
-            settings = Settings(str(engine.path), stage.number, str(folder), max_batch, threads)
+            settings = Settings(str(engine.path), stage.number, str(folder), max_batch, threads, share_weights)
             command = [sys.executable, "-P", "-m", "gatework.runtime.backends.worker", settings.to_json()]
             self._processes.append(
                 subprocess.Popen(
@@ -114,12 +114,14 @@ class ProcessBackend(Steps):
         GateworkError: no torch, or a stage that cannot load.
     """
 
-    def __init__(self, engine: Engine, *, max_batch: int, threads: int | None = None) -> None:
+    def __init__(
+        self, engine: Engine, *, max_batch: int, threads: int | None = None, share_weights: bool = False
+    ) -> None:
         require_gloo()
         super().__init__(max_batch, engine.limits.max_seq, one_by_one=rows_differ(engine))
         self._vocab_size = engine.model["vocab_size"]
         with tempfile.TemporaryDirectory(prefix="gatework-stages-") as folder:
-            self._crew = crew = Crew(engine, Path(folder), max_batch, threads)
+            self._crew = crew = Crew(engine, Path(folder), max_batch, threads, share_weights)
             self.close = weakref.finalize(self, crew.close)
             try:
                 self._wire = _meet(crew, Path(folder), len(engine.stages) + 1, max_batch)

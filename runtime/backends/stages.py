@@ -14,9 +14,24 @@ from gatework.runtime.engine import Engine, Stage
 class StagedBackend(Steps):
     """Hands the stream from stage to stage; arguments as of `OrtBackend`."""
 
-    def __init__(self, engine: Engine, *, max_batch: int, threads: int | None = None, taps: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_batch: int,
+        threads: int | None = None,
+        taps: Sequence[str] = (),
+        share_weights: bool = False,
+    ) -> None:
         self.stages = [
-            OrtBackend(engine, max_batch=max_batch, threads=threads, taps=_computed_by(stage, taps), stage=stage)
+            OrtBackend(
+                engine,
+                max_batch=max_batch,
+                threads=threads,
+                taps=_computed_by(stage, taps),
+                stage=stage,
+                share_weights=share_weights,
+            )
             for stage in engine.stages
         ]
         super().__init__(max_batch, engine.limits.max_seq, one_by_one=self.stages[0].one_by_one)

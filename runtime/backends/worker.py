@@ -31,6 +31,7 @@ class Settings:
     folder: str
     max_batch: int
     threads: int | None
+    share_weights: bool
 
     def to_json(self) -> str:
         """As an argument of the command."""
@@ -46,7 +47,13 @@ def serve(settings: Settings) -> None:
     """Load the stage, and compute what it is told until a neighbour is lost."""
     engine = Engine.open(settings.engine, check="sizes")  # whoever started this process checks the weights
     stage, count = engine.stages[settings.stage], len(engine.stages)
-    backend = OrtBackend(engine, max_batch=settings.max_batch, threads=settings.threads, stage=stage)
+    backend = OrtBackend(
+        engine,
+        max_batch=settings.max_batch,
+        threads=settings.threads,
+        stage=stage,
+        share_weights=settings.share_weights,
+    )
     store = meeting_place(Path(settings.folder), count + 1)
     store.set(ready(stage.number), "1")
     wire = Wire(store, stage.number, count + 1, settings.max_batch)

@@ -6,7 +6,14 @@ import argparse
 import json
 from pathlib import Path
 
-from gatework.runtime.commands.common import Commands, add_command, add_stage_processes, add_threads, positive
+from gatework.runtime.commands.common import (
+    Commands,
+    add_command,
+    add_share_weights,
+    add_stage_processes,
+    add_threads,
+    positive,
+)
 from gatework.runtime.formatting import counted, size, table
 
 _ABOUT = """
@@ -32,6 +39,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="repetitions (default: 3)")
     add_threads(parser)
     add_stage_processes(parser)
+    add_share_weights(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         args.repeat,
         args.threads,
         stage_processes=args.stage_processes,
+        share_weights=args.share_weights,
     )
     weights = size(result["weight_bytes_per_token"])
     prompts, new = (f"{result['batch']} × {counted(result[name], 'token')}" for name in ("prompt_tokens", "new_tokens"))

@@ -92,6 +92,15 @@ def add_stage_processes(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_share_weights(parser: argparse.ArgumentParser) -> None:
+    """The option of that name."""
+    parser.add_argument(
+        "--share-weights",
+        action="store_true",
+        help="map weights, once for all processes that run the engine, in place of a faster copy (int8 and int4 on CPUs)",
+    )
+
+
 def add_drop_tokens(parser: argparse.ArgumentParser) -> None:
     """The option of that name."""
     parser.add_argument(

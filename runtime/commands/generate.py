@@ -14,6 +14,7 @@ from gatework.plugins.errors import GateworkError, option
 from gatework.runtime.commands.common import (
     Commands,
     add_command,
+    add_share_weights,
     add_stage_processes,
     add_threads,
     integer,
@@ -70,6 +71,7 @@ def add(commands: Commands) -> None:
     output.add_argument("--json", action="store_true", help="one JSON object per prompt and line")
     add_threads(parser)
     add_stage_processes(parser)
+    add_share_weights(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
         raise GateworkError("--system goes with --chat", fix="add --chat TEXT")
     params = _sampling_params(args)
     texts = _texts(args)
-    with LLM(args.engine, threads=args.threads, stage_processes=args.stage_processes) as llm:
+    settings = {name: getattr(args, name) for name in ("threads", "stage_processes", "share_weights")}
+    with LLM(args.engine, **settings) as llm:
         _generate(llm, args, texts, params)
     return 0
 

@@ -268,12 +268,12 @@ def _run(
     first = plan.cases[next(iter(recording.starts), 0)]
     shipped = None
     if tapped and module_of(engine) == "onnxruntime":  # a plan gives up its values always, or never
-        backend = open_backend(engine, max_batch=1, threads=threads)
+        backend = open_backend(engine, max_batch=1, threads=threads, share_weights=True)
         with weights_released(engine.path):
             shipped = _probe(backend, first)
         del backend
     taps = [*encoder_taps(engine.model), *graph_taps(engine.model)] if tapped else []
-    backend = open_backend(engine, max_batch=slots, threads=threads, taps=taps)
+    backend = open_backend(engine, max_batch=slots, threads=threads, taps=taps, share_weights=True)
     with (
         weights_released(engine.path),
         tqdm(total=plan.rows, unit="tok", desc="engine", disable=not progress, file=sys.stderr) as bar,

@@ -27,7 +27,7 @@ from gatework.export.tensorrt.scales import load_scales
 from gatework.plugins.engine_format import ENCODER_PLAN, PLAN
 from gatework.runtime.backends import tensorrt
 from gatework.runtime.backends.device import Device
-from gatework.runtime.backends.experts import Place, chunks, read_places, span
+from gatework.runtime.backends.experts import Place, chunks, span
 from gatework.runtime.backends.kv import ALIGNMENT, HostCache, align, cache_names
 from gatework.runtime.backends.plan import new_context
 from gatework.runtime.backends.plan_source import PlanSource
@@ -41,6 +41,7 @@ from gatework.runtime.backends.tensorrt import (
     largest_buffers,
     tensor_addresses,
 )
+from gatework.runtime.backends.weight_file import read_header
 from tests.checkpoints import make_checkpoint
 from tests.switch import make_switch
 
@@ -201,7 +202,7 @@ def test_what_is_copied_holds_every_tensor(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     tensors = {"a": torch.arange(7, dtype=torch.int16), "b": torch.randn(3, 5)}
     save_file(tensors, path, metadata={"format": "pt"})
-    places = read_places(path)
+    places = read_header(path)
     start, end = span(places)
     block = path.read_bytes()[start:end]
     for name, values in load_file(path).items():
@@ -210,7 +211,7 @@ def test_what_is_copied_holds_every_tensor(tmp_path: Path) -> None:
 
 
 def test_written_experts_are_aligned_on_the_device(engine: Path) -> None:
-    places = read_places(engine / "experts.safetensors")
+    places = read_header(engine / "experts.safetensors")
     start, _ = span(places)
     assert sum(not name.startswith("__pad") for name in places) == 8
     assert start % 4096 == 0
@@ -222,7 +223,7 @@ def test_a_damaged_expert_file_is_refused(tmp_path: Path, damage: bytes) -> None
     path = tmp_path / "experts.safetensors"
     path.write_bytes(damage)
     with pytest.raises(GateworkError, match="is damaged: it names no tensors inside it"):
-        read_places(path)
+        read_header(path)
 
 
 def test_a_tensor_beyond_the_expert_file_is_refused(tmp_path: Path) -> None:
@@ -230,7 +231,7 @@ def test_a_tensor_beyond_the_expert_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "experts.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
     with pytest.raises(GateworkError, match="is damaged"):
-        read_places(path)
+        read_header(path)
 
 
 @pytest.fixture(scope="module")
