@@ -23,7 +23,7 @@ from gatework.runtime.sampling import SamplingParams
 
 _PROMPT_TOKENS = 512
 _NEW_TOKENS = 64
-_WARM_UP = 2  # tokens decoded before anything is measured: memory-mapped weights come in, buffers are made
+_WARM_UP = 2  # tokens decoded before anything is measured: mapped weights come in, buffers are made
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ struct Workspace {
 
 // work(expert, first, last) for the blocks of every expert that has a token, several at a time.
 template <class Work>
-void each_expert(const Threads& threads, const std::vector<int>& chosen, int blocks, Work&& work) {
-  threads.ranges(int(chosen.size()) * blocks, kChunk, [&](int first, int last) {
+void each_expert(const Threads& threads, const std::vector<int>& chosen, int blocks, int tokens, Work&& work) {
+  threads.ranges(int(chosen.size()) * blocks, least_blocks(tokens), [&](int first, int last) {
     for (int end; first < last; first = end) {
       const int place = first / blocks, start = place * blocks;
       end = std::min(last, start + blocks);
@@ -92,7 +92,7 @@ void run_moe(const Kernels& kernels, const MoE& moe, const Experts& experts, con
   for (int e = 0; e < E; ++e)
     if (routing.starts[e] < routing.starts[e + 1]) work.chosen.push_back(e);
   work.hidden.resize(choices * I);
-  each_expert(threads, work.chosen, ceil_div(I, kRows), [&](int e, int first, int last) {
+  each_expert(threads, work.chosen, ceil_div(I, kRows), tokens, [&](int e, int first, int last) {
     sliced(first, last, routing.starts[e], routing.starts[e + 1], [&](int t, int slice, int b) {
       expert_in(kernels, moe, experts, e, b, work.sorted.data() + t, slice, work.hidden.data() + size_t(t) * I);
     });
@@ -101,7 +101,7 @@ void run_moe(const Kernels& kernels, const MoE& moe, const Experts& experts, con
   work.h.quantize(kernels, moe.out, {work.hidden.data()}, choices, threads);
   work.served.resize(choices * D);
   const int blocks = ceil_div(D, kRows);
-  each_expert(threads, work.chosen, blocks, [&](int e, int first, int last) {
+  each_expert(threads, work.chosen, blocks, tokens, [&](int e, int first, int last) {
     const Matrix w_out{experts.w_out.codes + size_t(e) * blocks * moe.out.block_bytes(),
                        experts.w_out.scales + size_t(e) * blocks * moe.out.block_scales()};
     sliced(first, last, routing.starts[e], routing.starts[e + 1], [&](int t, int slice, int b) {

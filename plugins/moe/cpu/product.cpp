@@ -58,7 +58,7 @@ void multiply_block(const Kernels& kernels, const Columns& k, const Matrix& matr
 
 void multiply(const Kernels& kernels, const Columns& k, const Matrix& matrix, int rows, const Tokens& x, int tokens,
               float* y, const Threads& threads) {
-  threads.ranges(ceil_div(rows, kRows), kChunk, [&](int first, int last) {
+  threads.ranges(ceil_div(rows, kRows), least_blocks(tokens), [&](int first, int last) {
     sliced(first, last, 0, tokens, [&](int t, int slice, int b) {
       multiply_block(kernels, k, matrix, b, rows, x.data() + t, slice, y + size_t(t) * rows, rows);
     });

@@ -63,6 +63,9 @@ struct Matrix {
 void multiply_block(const Kernels&, const Columns&, const Matrix&, int block, int rows, const Token*, int tokens, float* y,
                     size_t stride);
 
+// Blocks that a thread takes at least: with so few tokens that all are one slice, the fewer the sooner all threads are done.
+constexpr int least_blocks(int tokens) { return tokens <= kSlice ? 1 : kChunk; }
+
 // work(t, slice, b) for all blocks [first, last) and slices of the tokens [begin, end)
 template <class Work>
 void sliced(int first, int last, int begin, int end, Work&& work) {
