@@ -1,7 +1,7 @@
 """Weights of a CPU engine in huge pages of this process's own, from which they are read faster than from mapped files.
 
 A mapped file has the pages in which the system's cache happens to hold it, small ones for the most part; the misses of the TLB
-that they cause cost a tenth of a memory's speed where it is slow, and a third where it is fast.
+that they cause were seen to cost a tenth of the speed of memory where it is slow, and a quarter where it is fast.
 """
 
 from __future__ import annotations
