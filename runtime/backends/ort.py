@@ -116,8 +116,8 @@ class OrtBackend(Steps):
         inside = [tap for tap in taps if not tap.startswith(ENCODER_TAPS)]
         folder = engine.path if stage is None else engine.path / stage_folder(stage.number)
         self._weights = None if share_weights else HugePages(engine, folder)
-        shared = {"on_gpu": self._on_gpu, "weights": self._weights}
-        self.session = _open_session(engine, threads, **shared, profile=profile, taps=inside, stage=stage)
+        common = {"on_gpu": self._on_gpu, "weights": self._weights}
+        self.session = _open_session(engine, threads, **common, profile=profile, taps=inside, stage=stage)
         inputs = {value.name: value for value in self.session.get_inputs()}
         outputs = {output.name: output for output in self.session.get_outputs()}
         self._taps = _tap_outputs(self.session, inside)
@@ -127,7 +127,7 @@ class OrtBackend(Steps):
         self._source: Source | None = None
         if engine.has_encoder:
             before = [tap for tap in taps if tap.startswith(ENCODER_TAPS)]
-            encoder = _open_session(engine, threads, **shared, taps=before, graph=engine_format.ENCODER)
+            encoder = _open_session(engine, threads, **common, taps=before, graph=engine_format.ENCODER)
             seen = _tap_outputs(encoder, before)
             self._source = Source(encoder, inputs, max_batch, engine.limits.max_seq, seen)
         self._cache_type, itemsize = _CACHE_TYPES[past.type]
