@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gatework.runtime.backends.device import Device
-from gatework.runtime.backends.weight_file import StoredTensor, read_header
+from gatework.runtime.backends.weight_file import WeightTensor, read_header
 
 EXPERTS = "experts.safetensors"
 _PAGE = 4096  # tensors begin at multiples of it
@@ -23,7 +23,7 @@ class Place(NamedTuple):
     nbytes: int
 
 
-def span(tensors: dict[str, StoredTensor]) -> tuple[int, int]:
+def span(tensors: dict[str, WeightTensor]) -> tuple[int, int]:
     """First and last byte to copy; the first is that of a page, so that tensors keep their alignment."""
     first = min(tensor.start for tensor in tensors.values())
     return first // _PAGE * _PAGE, max(tensor.start + tensor.nbytes for tensor in tensors.values())

@@ -1,7 +1,7 @@
 """Weights of a CPU engine in huge pages of this process's own, from which they are read faster than from mapped files.
 
-A mapped file has the pages in which the system's cache happens to hold it, small ones for the most part; the misses of the TLB
-that they cause were seen to cost a tenth of the speed of memory where it is slow, and a quarter where it is fast.
+A mapped file has the pages in which the system's cache happens to hold it, small ones for the most part, and these cause misses
+of the TLB: decoding was a fifth slower with them (benchmarks/README.md, Results).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.machine import available_memory, has_huge_pages, usable_cpus
-from gatework.runtime.backends.weight_file import StoredTensor, read_header
+from gatework.runtime.backends.weight_file import WeightTensor, read_header
 from gatework.runtime.engine import Engine
 
 _CHUNK = 32 << 20  # bytes that a thread reads at once
@@ -87,7 +87,7 @@ def _fill(block: mmap.mmap, file: int, start: int) -> int:
         return os.preadv(file, [place], start)
 
 
-def _value(block: mmap.mmap, tensor: StoredTensor) -> ort.OrtValue:
+def _value(block: mmap.mmap, tensor: WeightTensor) -> ort.OrtValue:
     kind, dtype = _TYPES[tensor.dtype]
     array = np.frombuffer(block, np.uint8, tensor.nbytes, tensor.start).view(dtype).reshape(tensor.shape)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)

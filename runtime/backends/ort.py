@@ -116,7 +116,7 @@ class OrtBackend(Steps):
         inside = [tap for tap in taps if not tap.startswith(ENCODER_TAPS)]
         folder = engine.path if stage is None else engine.path / stage_folder(stage.number)
         self._weights = None if share_weights else HugePages(engine, folder)
-        common = {"on_gpu": self._on_gpu, "weights": self._weights}
+        common = {"folder": folder, "on_gpu": self._on_gpu, "weights": self._weights}
         self.session = _open_session(engine, threads, **common, profile=profile, taps=inside, stage=stage)
         inputs = {value.name: value for value in self.session.get_inputs()}
         outputs = {output.name: output for output in self.session.get_outputs()}
@@ -240,6 +240,7 @@ def _open_session(
     engine: Engine,
     threads: int | None,
     *,
+    folder: Path,
     on_gpu: bool,
     weights: HugePages | None,
     profile: Path | None = None,
@@ -257,9 +258,6 @@ def _open_session(
     native = packed and _register_kernels(options, engine)
     if native and weights is not None:
         weights.give(options)
-    folder = engine.path
-    if stage is not None:
-        folder /= stage_folder(stage.number)
     if stage is not None or graph != _GRAPH:
         # Stages compute in turn: the threads of one must not spin while another works. So do encoder and decoder.
         options.add_session_config_entry("session.force_spinning_stop", "1")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from gatework.plugins.errors import GateworkError
 
 
-class StoredTensor(NamedTuple):
+class WeightTensor(NamedTuple):
     """A tensor in a safetensors file: safetensors' name of its type, its shape, its first byte in the file, and bytes."""
 
     dtype: str
@@ -18,7 +18,7 @@ class StoredTensor(NamedTuple):
     nbytes: int
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path) -> dict[str, WeightTensor]:
     """The tensors of one of an engine's files; GateworkError where it names none, or some that are not in it."""
     size = path.stat().st_size
     try:
@@ -29,7 +29,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         for name, entry in header.items():
             if name != "__metadata__":
                 start, end = entry["data_offsets"]
-                tensors[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+                tensors[name] = WeightTensor(entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
     except (ValueError, KeyError, TypeError, AttributeError):
         tensors = {}
     if not tensors or any(t.nbytes < 0 or not 8 <= t.start <= size - t.nbytes for t in tensors.values()):
