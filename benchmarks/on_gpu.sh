@@ -44,7 +44,8 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=c
 # The MoE kernels: right on the device, how fast, and clean under compute-sanitizer.
 step gpu-tests 45 "$BIN/python" -m pytest -q tests/plugins/test_moe_gpu.py
 step moe-bench 124 "$BIN/python" -m gatework.plugins.moe.bench --seconds 100 --out "$OUT/moe.json"
-sanitize=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all)
+# cuda-bindings looks for functions of newer drivers: errors of calls are no errors of kernels.
+sanitize=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all --report-api-errors no)
 step sanitizer 70 "${sanitize[@]}" "$BIN/python" -m pytest -q tests/plugins/test_moe_gpu.py -k 'T100-E64'
 step racecheck 30 "${sanitize[@]}" --tool racecheck \
     "$BIN/python" -m pytest -q tests/plugins/test_moe_gpu.py -k 'int8 and T100-E64'

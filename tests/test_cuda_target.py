@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
@@ -22,8 +23,12 @@ import torch
 from gatework import LLM, GateworkError, SamplingParams
 from gatework.export import lower
 from gatework.export.build import build_engine
+from gatework.export.lower.graph import Builder
+from gatework.export.lower.moe import choose_experts
 from gatework.export.reference import Reference
 from gatework.export.targets import TARGETS
+from gatework.plugins.moe import reference
+from gatework.plugins.moe.spec import MoEAttributes
 from gatework.runtime.backends.ort import OrtBackend
 from gatework.runtime.engine import Engine
 from tests.checkpoints import DENSE_FIRST, make_checkpoint, reference_model
@@ -90,6 +95,33 @@ def test_graph_equals_the_model(
     errors = np.abs(got - want).max(1) / np.abs(want).max()
     error = errors.max() if precision in ("fp32", "int4") else np.median(errors)
     assert error <= RELATIVE[precision], f"max |d| / max |logit| by position: {errors}"
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_experts_are_chosen_before_logits_are_rounded(renormalize: bool) -> None:
+    """Where float16 makes pairs of equals, too; scores over the chosen and the share give the definition's weights."""
+    T, E = 40, 8
+    rng, attributes = np.random.default_rng(0), MoEAttributes(top_k=3, renormalize=renormalize)
+    logits = rng.normal(0, 4, (T, E)).astype(np.float32)
+    logits[:, E // 2 :] = logits[:, : E // 2] * np.float32(1 + 2**-13)
+    graph = ir.Graph([ir.val("logits", ir.DataType.FLOAT, (T, E))], [], nodes=[], opset_imports={"": 24})
+    end = ir.node("Identity", [graph.inputs[0]])
+    graph.append(end)
+    found = [
+        value
+        for value in choose_experts(Builder(graph, end), graph.inputs[0], attributes, ir.DataType.FLOAT16)
+        if value
+    ]
+    for i, value in enumerate(found):
+        value.name, value.type = f"out{i}", ir.TensorType(ir.DataType.FLOAT16)
+    graph.outputs.extend(found)
+    graph.remove(end)
+    model = ir.serde.serialize_model(ir.Model(graph, ir_version=10)).SerializeToString()
+    narrow, *share = ort.InferenceSession(model).run(None, {"logits": logits})
+    ids, weights = reference.route(logits, attributes)
+    np.testing.assert_array_equal(np.sort(np.argsort(-narrow, axis=1)[:, :3]), np.sort(ids))
+    got = np.take_along_axis(reference.softmax(narrow), ids, axis=1) * (share[0].astype(np.float32) if share else 1)
+    np.testing.assert_allclose(got, weights, rtol=8 * 2**-11, atol=1e-6)
 
 
 def test_an_eight_layer_mixtral_gives_the_cpu_engines_tokens(tmp_path: Path) -> None:

@@ -68,6 +68,28 @@ def test_the_bundled_model_passes_its_bounds(tmp_path: Path, precision: str) -> 
     assert report.passed, str(report)
 
 
+@needs_ort
+@pytest.mark.parametrize("processes", [False, True])
+def test_stages_give_the_unsplit_engines_tokens(tmp_path: Path, processes: bool) -> None:
+    """Each process takes a GPU in turn, which with one GPU is the same for all."""
+    settings: dict[str, Any] = {"target": "cuda", "precision": "fp32", "max_seq": 128}
+    tokens = []
+    for stages in (1, 2):
+        engine = build_engine(TINY, tmp_path / str(stages), stages=stages, **settings)
+        with LLM(engine, stage_processes=processes and stages > 1) as llm:
+            tokens.append([each.token_ids for each in llm.generate(["The gate opens", "Once"], GREEDY)])
+    assert tokens[0] == tokens[1]
+
+
+@needs_ort
+def test_what_the_kernels_renormalise_is_undone(tmp_path: Path) -> None:
+    """Of experts whose scores do not add up to 1, in 16 bits."""
+    path = make_checkpoint(tmp_path, "olmoe")
+    engine = build_engine(path, tmp_path / "engine", target="cuda", precision="bf16", max_seq=64)
+    report = verify(engine, path, bounds=BF16)
+    assert report.passed, str(report)
+
+
 def target_here() -> Target:
     """The table's first target that is this GPU."""
     found = next((target for target in TARGETS.values() if target.capability == gpu_capability()), None)

@@ -4,13 +4,14 @@ Pre: gatework::MoE nodes with dense expert weights.
 Post: no gatework::MoE node is left, but those with other than softmax scores and two-way SiLU gates (or, in floats on the CPU,
 ReLU and no gate), where the target runs the operator's function body. Gate and up rows are interleaved, as those kernels
 demand; a quantised expert width is padded with zeros to whole groups and to the kernels' multiple, which changes no result.
-Router logits, computed in float32, are rounded to the type of x, the only one that the operators take.
+Those kernels take router logits in the type of x only. Where that has 16 bits the experts are chosen before, in float32.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from gatework.plugins.moe.spec import MoEAttributes
 # Gate and up rows in turn.
 SILU_GATE: dict[str, Any] = {"activation_type": "swiglu", "swiglu_fusion": 1}
 UNGATED: dict[str, Any] = {"activation_type": "relu"}
+UNCHOSEN = -1e4  # a logit whose exponential is 0, in float16 too
 
 
 def gate_settings(attributes: MoEAttributes) -> dict[str, Any]:
@@ -67,12 +69,17 @@ def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int, kernels: Ke
                 "this target has no kernels for the model's experts", got=got, expected=expected, fix=fix
             )
         settings = UNGATED if ungated else gate_settings(attributes)
-        settings = settings | {"k": attributes.top_k, "normalize_routing_weights": int(attributes.renormalize)}
         build = Builder(model.graph, node)
         x, router_logits, w_in, w_out, b_in, b_out = (*node.inputs, None, None)[:6]
         assert x is not None and x.dtype is not None and w_in is not None and w_out is not None
-        if x.dtype != ir.DataType.FLOAT:
-            (router_logits,) = build.op("Cast", router_logits, to=x.dtype)
+        narrow, share = x.dtype != ir.DataType.FLOAT, None
+        if narrow:
+            assert router_logits is not None
+            router_logits, share = choose_experts(build, router_logits, attributes, x.dtype)
+        settings = settings | {
+            "k": attributes.top_k,
+            "normalize_routing_weights": int(attributes.renormalize or narrow),
+        }
         if bits is None:
             _check_sizes(static_shape(w_out), kernels.dense_multiple)
             rows, bias = w_in, b_in
@@ -90,8 +97,36 @@ def to_contrib_moe(model: ir.Model, *, bits: int | None, group: int, kernels: Ke
             settings |= {"expert_weight_bits": bits, "block_size": expert_group, "weights_prepacked": 0}
             inputs = [x, router_logits, *fc1, bias, *fc2, b_out]
             (y,) = build.op("QMoE", *inputs[: 8 if b_out is not None else 7], domain=MS, **settings)
+        if share is not None:
+            (y,) = build.op("Mul", y, share)
         replace(node.outputs[0], y)
     return model, bool(nodes)
+
+
+def choose_experts(
+    build: Builder, router_logits: ir.Value, attributes: MoEAttributes, dtype: ir.DataType
+) -> tuple[ir.Value, ir.Value | None]:
+    """Logits [T, E] in `dtype` of which the kernels choose what they would of the float32 ones; and what y is to be multiplied
+    by, [T, 1], or None.
+
+    The chosen experts' logits less the largest, which leaves small numbers to be rounded; all others' so low that they are
+    neither chosen nor weigh. The kernels then divide by the sum of the chosen scores, which `share` brings back.
+    """
+    (shape,) = build.op("Shape", router_logits)
+    (rest,) = build.op("ConstantOfShape", shape, value=ir.tensor(np.array([UNCHOSEN], np.float32)))
+    last, k = build.constant(np.array([-1])), build.constant(np.array([attributes.top_k]))
+    highest, chosen = build.op("TopK", router_logits, k, outputs=2)
+    (largest,) = build.op("ReduceMax", highest, last)
+    (centred,) = build.op("Sub", highest, largest)
+    (masked,) = build.op("ScatterElements", rest, chosen, centred, axis=-1)
+    (narrow,) = build.op("Cast", masked, to=dtype)
+    if attributes.renormalize:
+        return narrow, None
+    (scores,) = build.op("Softmax", router_logits, axis=-1)
+    (kept,) = build.op("GatherElements", scores, chosen, axis=-1)
+    (share,) = build.op("ReduceSum", kept, last)
+    (share,) = build.op("Cast", share, to=dtype)
+    return narrow, share
 
 
 def _check_sizes(shape: tuple[int, ...], multiple: int) -> None:
