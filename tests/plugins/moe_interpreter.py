@@ -10,6 +10,7 @@ from collections.abc import Container, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import ml_dtypes
@@ -17,6 +18,7 @@ import numpy as np
 
 from gatework.plugins.moe.kernels.launches import launches
 from gatework.plugins.moe.spec import MoEAttributes
+from tests.plugins import ptx
 from tests.plugins.moe_cases import Array
 from tests.plugins.moe_memory import CallMemory
 
@@ -41,13 +43,15 @@ def _mend_interpreter() -> None:
     """Make conversions to and from bfloat16 and float8, and products in them, what GPUs make of them.
 
     Triton 3.7's interpreter keeps both as bits in integers: it cuts float32 off instead of rounding it to bfloat16, drops
-    the carry when it rounds to float8, makes a bfloat16 of an integer's bits, and multiplies bfloat16's bits as integers.
+    the carry when it rounds to float8, makes a bfloat16 of an integer's bits, and multiplies bfloat16's bits as integers. It
+    has no inline assembly.
     """
     import triton.language as tl
     from triton.runtime import interpreter
 
     numbers = {tl.bfloat16: np.dtype(ml_dtypes.bfloat16), tl.float8e4nv: np.dtype(ml_dtypes.float8_e4m3fn)}
-    builder, original_dot = interpreter.InterpreterBuilder, interpreter.InterpreterBuilder.create_dot
+    builder = interpreter.InterpreterBuilder
+    original_dot, original_multiply = builder.create_dot, builder.create_fmul
 
     def cast(self: Any, source: Any, target: Any, *rounding: Any) -> Any:
         have, want = source.dtype.scalar, target.scalar
@@ -60,10 +64,24 @@ def _mend_interpreter() -> None:
             a, b = (cast(self, each, tl.float32) for each in (a, b))
         return original_dot(self, a, b, total, *options)
 
+    def multiply(self: Any, a: Any, b: Any) -> Any:
+        if a.dtype.scalar not in numbers:
+            return original_multiply(self, a, b)
+        return cast(self, original_multiply(self, *(cast(self, each, tl.float32) for each in (a, b))), a.dtype.scalar)
+
+    def inline_asm(self: Any, text: str, _: str, operands: Any, results: Any, pure: bool, pack: int) -> Any:
+        """With `pack` elements in 32 bits of the first operand, and a result of 32 bits for each element."""
+        words = [np.ascontiguousarray(each.data).reshape(-1).view(np.uint32) for each in operands]
+        found = ptx.evaluate(text, pack, words).view(np.int32).reshape(operands[0].data.shape)
+        handle = interpreter.TensorHandle(found, results[0].scalar)
+        return SimpleNamespace(get_result=lambda index: handle)
+
     casts = [name for name in vars(builder) if name.startswith("create_") and "_to_" in name and "ptr" not in name]
     for name in (*casts, "create_int_cast", "create_fp_trunc", "create_fp_ext", "cast_impl"):
         setattr(builder, name, cast)
     builder.create_dot = dot
+    builder.create_fmul = multiply
+    builder.create_inline_asm = inline_asm
 
 
 def interpret(

@@ -60,8 +60,8 @@ def expected_copies(variant: Variant, attributes: MoEAttributes) -> Counter[str]
     matrices = attributes.matrices if variant.kernel == "gemm_in" else 1
     wide = POINTED["dense"] if a == "*bf16" else POINTED[attributes.weight_format]
     copies = Counter({f"{BM}x{BK} of {wide}": int(str(constants.get("PARTS", 1)))})
-    width = BK // 2 if attributes.weight_format == "int4" else BK
-    copies[f"{BN}x{width} of {POINTED[attributes.weight_format]}"] += matrices
+    stored = f"{BK // 2 if attributes.weight_format == 'int4' else BK} of {POINTED[attributes.weight_format]}"
+    copies[f"{BN}x{f'{BK // 8} of i32' if constants['NIBBLES'] == 'words' else stored}"] += matrices
     return Counter({tile: count * variant.num_stages for tile, count in copies.items()})
 
 
@@ -80,7 +80,7 @@ def test_instructions(sm: int, stored: dict[str, Any]) -> None:
             constants = dict(variant.constants)
             expected = WARP["dense"] if T == FEW else WARP.get(multiplied)
             if sm == 90 and T > FEW:
-                expected = WARPGROUP[multiplied].format(constants["BN"])
+                expected = WARPGROUP[multiplied].format(constants["BM" if multiplied == "int4" else "BN"])
             found = set(re.findall(r"\b(?:wgmma\.mma_async|mma)\.sync\.[\w.]+", ptx))
             assert found == {expected}, (T, variant.kernel, found)
             assert "cp.async.cg.shared.global" in ptx, "weights must arrive in the background"
@@ -100,6 +100,17 @@ def test_other_gates_do_not_spill(sm: int, weight_format: Any, gate: dict[str, A
         variant = products(sm, attributes, T, "float16")[0]
         kernel, *_ = compiled(variant, sm)
         assert kernel.spills == 0, (T, kernel.registers, kernel.spills)
+
+
+def test_four_bits_become_numbers_in_registers() -> None:
+    """Those of Hopper's left operand: what is read from shared memory is as it is stored, none is written."""
+    attributes = MoEAttributes(top_k=2, weight_format="int4", group_size=128)
+    for T in (SOME, MANY):
+        for variant in products(90, attributes, T):
+            _, ptx, ttgir = compiled(variant, 90)
+            assert not re.search(r"ttg\.local_(alloc %|store)", ttgir), (T, variant.kernel)
+            loop = ptx[ptx.index("wgmma.mma_async") : ptx.rindex("wgmma.mma_async")]
+            assert "st.shared" not in loop, (T, variant.kernel)
 
 
 @pytest.mark.parametrize("shape", ["dbrx", "openmoe-8b"])

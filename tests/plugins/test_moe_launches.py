@@ -80,7 +80,7 @@ def test_decode_of_mixtral_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("group_size", "few", "more"), [(128, "ahead", "step"), (32, "ahead", "step"), (24, *["element"] * 2)]
+    ("group_size", "few", "more"), [(128, "ahead", "weight"), (32, "ahead", "weight"), (24, *["element"] * 2)]
 )
 def test_scales_of_groups(group_size: int, few: str, more: str) -> None:
     attributes = MoEAttributes(top_k=2, weight_format="int4", group_size=group_size)

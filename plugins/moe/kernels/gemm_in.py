@@ -56,7 +56,7 @@ def gemm_in(
     BK: tl.constexpr,
 ):
     G: tl.constexpr = 1 if GLU == "none" else 2 if GLU == "two_way" else 3
-    STORED: tl.constexpr = (D + 1) // 2 if NIBBLES else D
+    STORED: tl.constexpr = (D + 1) // 2 if NIBBLES != "none" else D
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
     expert, start, end, n = place(expert_offsets, m_tiles, tl.cdiv(I, BN), E, BE, BM)
     if expert >= E:
@@ -76,9 +76,9 @@ def gemm_in(
     if b_in is not None:
         bias += first
 
-    total_0 = no_total(BM, BN, CODES)
-    total_1 = no_total(BM, BN, CODES)
-    total_2 = no_total(BM, BN, CODES)
+    total_0 = no_total(BM, BN, CODES, NIBBLES)
+    total_1 = no_total(BM, BN, CODES, NIBBLES)
+    total_2 = no_total(BM, BN, CODES, NIBBLES)
     rows_1 = columns + I
     rows_2 = columns + 2 * I
     ahead_0 = step_scale(scale, columns, columns_real, 0, D, SCALING, GROUP, BN)
@@ -112,11 +112,11 @@ def gemm_in(
     a_scales = None
     if x_scale is not None:
         a_scales = tl.load(x_scale + tokens, mask=rows_real, other=0.0)
-    h = finish(total_0, a_scales, scale, bias, columns, columns_real, SCALING)
+    h = finish(total_0, a_scales, scale, bias, columns, columns_real, SCALING, NIBBLES)
     if G == 1:
         h = activate(h, ACTIVATION, ALPHA)
     if G == 2:
-        up = finish(total_1, a_scales, scale, bias, rows_1, columns_real, SCALING)
+        up = finish(total_1, a_scales, scale, bias, rows_1, columns_real, SCALING, NIBBLES)
         if LIMIT > 0.0:
             h = tl.minimum(h, LIMIT)
             up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
@@ -124,7 +124,9 @@ def gemm_in(
             up += BETA
         h = activate(h, ACTIVATION, ALPHA) * up
     if G == 3:
-        h = h * activate(finish(total_1, a_scales, scale, bias, rows_1, columns_real, SCALING), ACTIVATION, ALPHA)
-        h = h * finish(total_2, a_scales, scale, bias, rows_2, columns_real, SCALING)
+        h = h * activate(
+            finish(total_1, a_scales, scale, bias, rows_1, columns_real, SCALING, NIBBLES), ACTIVATION, ALPHA
+        )
+        h = h * finish(total_2, a_scales, scale, bias, rows_2, columns_real, SCALING, NIBBLES)
     cells = rows.to(tl.int64)[:, None] * I + columns[None, :]
     tl.store(hidden + cells, h.to(hidden.dtype.element_ty), mask=rows_real[:, None] & columns_real[None, :])

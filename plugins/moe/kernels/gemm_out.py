@@ -33,7 +33,7 @@ def gemm_out(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    STORED: tl.constexpr = (I + 1) // 2 if NIBBLES else I
+    STORED: tl.constexpr = (I + 1) // 2 if NIBBLES != "none" else I
     GROUPS: tl.constexpr = (I + GROUP - 1) // GROUP
     expert, start, end, n = place(expert_offsets, m_tiles, tl.cdiv(D, BN), E, BE, BM)
     if expert >= E:
@@ -51,7 +51,7 @@ def gemm_out(
     if b_out is not None:
         bias += first
 
-    total = no_total(BM, BN, CODES)
+    total = no_total(BM, BN, CODES, NIBBLES)
     ahead = step_scale(scale, columns, columns_real, 0, I, SCALING, GROUP, BN)
     for k in range(0, I, BK):
         ks = k + tl.arange(0, BK)
@@ -69,7 +69,7 @@ def gemm_out(
     a_scales = None
     if hidden_scale is not None:
         a_scales = tl.load(hidden_scale + rows, mask=rows_real, other=0.0)
-    total = finish(total, a_scales, scale, bias, columns, columns_real, SCALING)
+    total = finish(total, a_scales, scale, bias, columns, columns_real, SCALING, NIBBLES)
     choices = tl.load(token_order + rows, mask=rows_real, other=0).to(tl.int64)
     cells = choices[:, None] * D + columns[None, :]
     tl.store(expert_out + cells, total, mask=rows_real[:, None] & columns_real[None, :])

@@ -11,6 +11,8 @@ the buffers in the workspace (`workspace`) and of `y`, by these names, and 32-bi
     some tokens   (T <= 64)  tiles of 64 rows: still once
     many tokens              tiles of 64 rows, or of 128 where experts have so many on average
 
+With int4 weights few tokens have tiles of 8 rows and some tokens of 32: weights are the left operand there, and it is the
+right one that is cut finely.
 Above 16 tokens, int8 and fp8 weights with one scale per row are multiplied by x in 8 bits, with a scale per token, unless
 the operator's keep_activations says otherwise: then they are converted as for few tokens.
 Tiles were chosen for sm_80 and sm_90; sm_89 and sm_120, with 99 KiB per block, use those of sm_80.
@@ -292,15 +294,16 @@ def _gemm_arguments(
 
 def _gemm_constants(setting: Setting, tile: Tile, columns: int) -> dict[str, Constant]:
     attributes = setting.attributes
-    group = attributes.group_size
+    group, int4 = attributes.group_size, attributes.weight_format == "int4"
     scaling = "none" if attributes.weight_format == "dense" else "row" if not group else "element"
     if scaling == "element" and group % tile.BK == 0:
-        # Larger tiles have no registers left for scales of two steps.
-        scaling = "ahead" if tile.BM == FEW else "step"
+        # Larger tiles have no registers left for scales of two steps, and of 4 bits none for the sums of a step.
+        scaling = "ahead" if tile.BM <= FEW else "weight" if int4 else "step"
+    words = setting.sm == 90 and tile.BM > 8 and columns % 8 == 0
     return {
         "SCALING": scaling,
         "GROUP": group or columns,
-        "NIBBLES": attributes.weight_format == "int4",
+        "NIBBLES": "none" if not int4 else "words" if words else "bytes",
         "CODES": {"int8": "int8", "fp8_e4m3": "fp8"}[attributes.weight_format] if setting.in_codes else "none",
         "BE": _power_of_2(setting.sizes.E),
         "BM": tile.BM,
@@ -312,10 +315,12 @@ def _gemm_constants(setting: Setting, tile: Tile, columns: int) -> dict[str, Con
 def _tile(setting: Setting, matrices: int) -> Tile:
     """Tile of a product with `matrices` weight tiles to each tile of x."""
     attributes = setting.attributes
+    if attributes.weight_format == "int4":
+        return _int4_tile(setting, matrices)
     if setting.sizes.T <= FEW:
         # The second product has the fewer programs, at one token of Mixtral's two to an SM of an H100, so each has to keep
-        # more of its steps under way, the more so the smaller they are: 24 KiB of dense weights, 20 of 8 bits, 14 of 4.
-        stages = {"dense": 4, "int4": 8}.get(attributes.weight_format, 6) if matrices == 1 else 4
+        # more of its steps under way, the more so the smaller they are: 24 KiB of dense weights, 20 of 8 bits.
+        stages = (4 if attributes.weight_format == "dense" else 6) if matrices == 1 else 4
         return Tile(16, 32, _step(attributes, 128), 4, stages)
     BK = 128 if setting.in_codes else _step(attributes, 64)
     # Gates on groups hold their sums, those of the step and converted weights: in wider tiles more than fits into registers.
@@ -328,6 +333,22 @@ def _tile(setting: Setting, matrices: int) -> Tile:
     most = 0 if attributes.group_size else 1 if crowding else 2
     wide = setting.sm == 90 and matrices <= most
     return Tile(128, 128 if wide else 32 if crowded else 64, BK, 8, 3)
+
+
+def _int4_tile(setting: Setting, matrices: int) -> Tile:
+    """Warps share the weights' rows, 16 or more to each, so that none converts what another does."""
+    T, attributes = setting.sizes.T, setting.attributes
+    if attributes.group_size % 32:
+        return Tile(8 if T <= FEW else 64, 64, 64, 4, 2)  # a scale to each weight takes eight times the weight's memory
+    if T <= FEW:
+        # The second product's programs, two to an SM at one token of Mixtral, each have 14 KiB of weights under way.
+        return Tile(8, 32, _step(attributes, 128), 2, 8 if matrices == 1 else 6)
+    if T <= SOME:
+        return Tile(32, 64, _step(attributes, 128), 4, 4)
+    if _many(setting.sizes, attributes) > T:
+        return Tile(64, 64, _step(attributes, 64), 4, 4)
+    wide = matrices < (3 if setting.sm == 90 else 2)  # what registers have room for
+    return Tile(128 if wide else 64, 128, _step(attributes, 64), 8, 3)
 
 
 def _step(attributes: MoEAttributes, most: int) -> int:
