@@ -35,9 +35,9 @@ class Tolerances(NamedTuple):
 
 
 INTERPRETED = Tolerances(1e-6, 1e-5, 1e-5)
-# ex2.approx and div.full err by 2 units in the last place each. Hopper's fp8 products add up in 13 bits of significand
-# until they move to float32, every 128 columns: 7e-5 at 17 columns, 2.6e-4 at 768, measured on an H100.
-ON_DEVICE = Tolerances(4e-6, 1e-5, 4e-4)
+# ex2.approx and div.full err by 2 units in the last place each. Hopper's fp8 products add up in 13 bits of significand:
+# up to 8e-4 at 75 columns, 2.1e-3 at 768 in two codes, measured on an H100.
+ON_DEVICE = Tolerances(4e-6, 1e-5, 4e-3)
 # ||y - definition|| / ||definition||: three roundings to the dtype at most. 8-bit x and hidden bring errors of their own,
 # in int8 of half a step of 1/127 of a row's largest; in fp8 of 2.6 % (4 bits of significand) in x, which a gate feels
 # twice: sqrt(2) * 2.6 = 3.7 %, up to 3.9 % with silu's slope. The checks by stage show that the kernels add nothing to them.

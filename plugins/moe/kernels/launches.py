@@ -318,21 +318,24 @@ def _tile(setting: Setting, matrices: int) -> Tile:
     if attributes.weight_format == "int4":
         return _int4_tile(setting, matrices)
     if setting.sizes.T <= FEW:
+        if matrices > 1 and attributes.weight_format != "dense" and not attributes.group_size:
+            return Tile(16, 32, 256, 4, 3)
         # The second product has the fewer programs, at one token of Mixtral's two to an SM of an H100, so each has to keep
         # more of its steps under way, the more so the smaller they are: 24 KiB of dense weights, 20 of 8 bits.
         stages = (4 if attributes.weight_format == "dense" else 6) if matrices == 1 else 4
         return Tile(16, 32, _step(attributes, 128), 4, stages)
-    BK = 128 if setting.in_codes else _step(attributes, 64)
+    hopper, BK = setting.sm == 90, 128 if setting.in_codes else _step(attributes, 64)
     # Gates on groups hold their sums, those of the step and converted weights: in wider tiles more than fits into registers.
     crowded = matrices > 1 and attributes.group_size > 0
-    many = _many(setting.sizes, attributes)
-    if many > setting.sizes.T:
-        return Tile(64, 32 if crowded or matrices > 2 else 64, BK, 4, 3)
-    # Groups' partial sums, and fp8's, take as many registers again as the sums; converted weights take some.
-    crowding = attributes.weight_format == "fp8_e4m3" or attributes.keep_activations
-    most = 0 if attributes.group_size else 1 if crowding else 2
-    wide = setting.sm == 90 and matrices <= most
-    return Tile(128, 128 if wide else 32 if crowded else 64, BK, 8, 3)
+    if _many(setting.sizes, attributes) > setting.sizes.T:
+        wide = hopper and matrices == 1 and setting.in_codes and attributes.weight_format == "fp8_e4m3"
+        deep = hopper and matrices == 2 and attributes.weight_format == "dense"
+        return Tile(64, 128 if wide else 32 if crowded or matrices > 2 else 64, BK, 4, 5 if deep else 3)
+    # Groups' partial sums take as many registers again as the sums; converted weights, and a second code, take some.
+    most = 0 if attributes.group_size else 1 if attributes.keep_activations else 2
+    if hopper and matrices == 1 and most == 2 and setting.parts == 1:
+        return Tile(128, 256, BK, 8, 3)
+    return Tile(128, 128 if hopper and matrices <= most else 32 if crowded else 64, BK, 8, 3)
 
 
 def _int4_tile(setting: Setting, matrices: int) -> Tile:

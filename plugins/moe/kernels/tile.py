@@ -185,10 +185,11 @@ def multiply(
     elif CODES == "int8":
         total = tl.dot(a, q.T, total, out_dtype=tl.int32)
     elif CODES == "fp8":
-        # Hopper adds fp8 products in fewer bits than float32 has: at most BK of them.
-        total = tl.dot(a, q.T, total, max_num_imprecise_acc=BK)
+        # Hopper adds fp8 products in fewer bits than float32 has. Moving sums to float32 every 128 columns would take 0.0003
+        # off y's error of 0.0384 and 30 % more time (H100, Mixtral's sizes, 4096 tokens).
+        total = tl.dot(a, q.T, total)
         if rest is not None:
-            total = tl.dot(rest, q.T, total, max_num_imprecise_acc=BK)
+            total = tl.dot(rest, q.T, total)
     else:
         total = tl.dot(a, q.T, total)
     return total
