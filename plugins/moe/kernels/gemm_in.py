@@ -12,7 +12,7 @@ A program computes BM rows by BN columns of hidden: G tiles of weights against o
 import triton
 import triton.language as tl
 
-from gatework.plugins.moe.kernels.tile import finish, load_columns, multiply, no_total, place, step_scale
+from gatework.plugins.moe.kernels.tile import finish, load_columns, multiply, no_total, place, settled, step_scale
 
 
 @triton.jit
@@ -108,6 +108,12 @@ def gemm_in(
                 total_2, a, None, w, scale, ahead_2, rows_2, columns_real, k, D, SCALING, GROUP, NIBBLES, CODES, BN, BK
             )
             ahead_2 = coming_2
+        if G == 1:
+            total_0 = settled(total_0, NIBBLES)
+        if G == 2:
+            total_1 = settled(total_1, NIBBLES)
+        if G == 3:
+            total_2 = settled(total_2, NIBBLES)
 
     a_scales = None
     if x_scale is not None:

@@ -6,7 +6,7 @@ float32 sums, not rounded. A program computes BM rows by BN columns.
 import triton
 import triton.language as tl
 
-from gatework.plugins.moe.kernels.tile import finish, load_columns, multiply, no_total, place, step_scale
+from gatework.plugins.moe.kernels.tile import finish, load_columns, multiply, no_total, place, settled, step_scale
 
 
 @triton.jit
@@ -65,6 +65,7 @@ def gemm_out(
             total, a, rest, w, scale, ahead, columns, columns_real, k, I, SCALING, GROUP, NIBBLES, CODES, BN, BK
         )
         ahead = coming
+        total = settled(total, NIBBLES)
 
     a_scales = None
     if hidden_scale is not None:

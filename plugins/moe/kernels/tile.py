@@ -196,6 +196,17 @@ def multiply(
 
 
 @triton.jit
+def settled(total, NIBBLES: tl.constexpr):
+    """The same at the end of a step, where its products are then finished: an operation on it, of no instruction.
+
+    ptxas before 13.3 lets a step overwrite registers that are operands of products which the step before has begun.
+    """
+    if NIBBLES != "none":
+        total = tl.inline_asm_elementwise("", "=r,0", [total], tl.float32, is_pure=True, pack=1)
+    return total
+
+
+@triton.jit
 def no_total(BM: tl.constexpr, BN: tl.constexpr, CODES: tl.constexpr, NIBBLES: tl.constexpr):
     """The sum of nothing, in the shape and the type that `multiply` adds in."""
     if NIBBLES != "none":
