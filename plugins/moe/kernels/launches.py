@@ -299,7 +299,7 @@ def _gemm_constants(setting: Setting, tile: Tile, columns: int) -> dict[str, Con
     if scaling == "element" and group % tile.BK == 0:
         # Larger tiles have no registers left for scales of two steps, and of 4 bits none for the sums of a step.
         scaling = "ahead" if tile.BM <= FEW else "weight" if int4 else "step"
-    words = setting.sm == 90 and tile.BM > 8 and columns % 8 == 0
+    words = setting.sm == 90 and tile.BM >= 16 and tile.BN >= 64 and columns % 8 == 0
     return {
         "SCALING": scaling,
         "GROUP": group or columns,

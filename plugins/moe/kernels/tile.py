@@ -16,8 +16,9 @@ expert_offsets, so the grid needs only an upper bound of the number of tiles and
     NIBBLES none     a weight is an element of memory
             bytes    4-bit weights; the product is w aT, totals are [BN, BM]: Hopper takes the left operand from registers,
                      where these weights are converted, and the right one's rows fill tiles of 8
-            words    the same with loads of 32 bits, for Hopper's products of BM >= 16. In their left operand a thread has
-                     every fourth byte of a row, so four threads each take one from the same word. COLUMNS % 8 = 0
+            words    the same with loads of 32 bits, for products that Hopper runs in the background: BM >= 16, BN >= 64. In
+                     their left operand a thread has every fourth byte of a row, so four threads each take one from the same
+                     word. COLUMNS % 8 = 0
 """
 
 import triton
