@@ -103,22 +103,24 @@ def check_routing(
 
 
 def dequantised(got: dict[str, Array], name: str, values: Array, attributes: MoEAttributes) -> Array:
-    """code * scale, after a look at both: the largest of a row meets the format's, all are within half a step.
+    """Codes times scale, after a look at both: the largest of a row meets the format's, all are within half a step.
 
-    Of two codes, the second is as near to what the first left.
+    Of two codes, the second is as near to what the first left, in int8 in steps 254 times finer.
     """
     codes, scale = got[f"{name}_codes"], got[f"{name}_scale"].astype(np.float64)[:, None]
     largest = {"int8": 127, "fp8_e4m3": 448}[attributes.weight_format]
     values = values.astype(np.float64)
     np.testing.assert_allclose(scale[:, 0] * largest, np.abs(values).max(axis=1), rtol=1e-6)
     exact, total = values / scale, np.zeros(values.shape)
-    for part in codes.astype(np.float64).reshape(len(values), -1, values.shape[1]).swapaxes(0, 1):
+    for i, part in enumerate(codes.astype(np.float64).reshape(len(values), -1, values.shape[1]).swapaxes(0, 1)):
+        unit = 254.0**-i if largest == 127 else 1.0
         # fp8 has 3 bits behind the point of a normal number, and steps of 2^-9 below 2^-6.
-        step = 1.0 if largest == 127 else np.exp2(np.floor(np.log2(np.maximum(np.abs(exact - total), 2.0**-6))) - 3)
+        left = np.maximum(np.abs(exact - total), 2.0**-6)
+        step = unit if largest == 127 else np.exp2(np.floor(np.log2(left)) - 3)
         # GPUs divide float32 to 2 units in the last place, which is in the second code too.
         allowed = step / 2 * (1 + 1e-4) + np.abs(exact) * 2.0**-22
-        assert (np.abs(part - (exact - total)) <= allowed).all()
-        total += part
+        assert (np.abs(part * unit - (exact - total)) <= allowed).all()
+        total += part * unit
     return total * scale
 
 

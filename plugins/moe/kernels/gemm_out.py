@@ -6,12 +6,13 @@ float32 sums, not rounded. A program computes BM rows by BN columns.
 import triton
 import triton.language as tl
 
+from gatework.plugins.moe.kernels.quantize import FINER
 from gatework.plugins.moe.kernels.tile import finish, load_columns, multiply, no_total, place, settled, step_scale
 
 
 @triton.jit
 def gemm_out(
-    hidden,  # [T*K, I], or its codes [T*K, PARTS, I], which add up
+    hidden,  # [T*K, I], or its codes [T*K, PARTS, I], see `quantize`
     hidden_scale,  # [T*K] float32, or None
     w_out,  # [E, D, I], int4 [E, D, ceil(I / 2)]
     w_out_scale,  # [E, D, groups] float32, or None
@@ -52,6 +53,7 @@ def gemm_out(
         bias += first
 
     total = no_total(BM, BN, CODES, NIBBLES)
+    fine = total
     ahead = step_scale(scale, columns, columns_real, 0, I, SCALING, GROUP, BN)
     for k in range(0, I, BK):
         ks = k + tl.arange(0, BK)
@@ -61,8 +63,8 @@ def gemm_out(
         if PARTS == 2:
             rest = load_columns(hidden + cells + I, rows_real[:, None], ks, I, I % BK == 0)
         coming = step_scale(scale, columns, columns_real, k + BK, I, SCALING, GROUP, BN)
-        total = multiply(
-            total, a, rest, w, scale, ahead, columns, columns_real, k, I, SCALING, GROUP, NIBBLES, CODES, BN, BK
+        total, fine = multiply(
+            total, fine, a, rest, w, scale, ahead, columns, columns_real, k, I, SCALING, GROUP, NIBBLES, CODES, BN, BK
         )
         ahead = coming
         total = settled(total, NIBBLES)
@@ -70,6 +72,8 @@ def gemm_out(
     a_scales = None
     if hidden_scale is not None:
         a_scales = tl.load(hidden_scale + rows, mask=rows_real, other=0.0)
+    if PARTS == 2 and CODES == "int8":
+        total = total.to(tl.float32) + fine.to(tl.float32) / FINER
     total = finish(total, a_scales, scale, bias, columns, columns_real, SCALING, NIBBLES)
     choices = tl.load(token_order + rows, mask=rows_real, other=0).to(tl.int64)
     cells = choices[:, None] * D + columns[None, :]

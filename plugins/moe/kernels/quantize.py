@@ -1,11 +1,13 @@
 """Activations in 8 bits, one scale per row:  scale = max |x| / LARGEST,  code = x / scale, to the nearest, ties to even.
 
 LARGEST is 127 for int8 and 448 for float8_e4m3fn. A row of zeros has codes 0. With PARTS 2 a second code follows the row's
-codes, of what they left: rest = x / scale - code, on the same scale.
+codes, of what they left: rest = x / scale - code, in fp8 on the same scale, in int8 on one FINER.
 """
 
 import triton
 import triton.language as tl
+
+FINER = tl.constexpr(254.0)  # what half a step of an int8 code is to be 127 of
 
 
 @triton.jit
@@ -37,10 +39,19 @@ def quantize(
         x = tl.load(values + starts + columns[None, :], mask=real, other=0.0).to(tl.float32)
         # The quotient's own rounding could exceed the format's largest number.
         q = tl.minimum(tl.maximum(x / scale[:, None], -LARGEST), LARGEST)
-        if codes.dtype.element_ty == tl.int8:
-            q = (q + 12582912.0) - 12582912.0  # 1.5 * 2^23: float32 keeps no fraction there
-        code = q.to(codes.dtype.element_ty)
+        code = nearest(q, codes.dtype.element_ty)
         cells = codes + starts * PARTS + columns[None, :]
         tl.store(cells, code, mask=real)
         if PARTS == 2:
-            tl.store(cells + COLUMNS, (q - code.to(tl.float32)).to(codes.dtype.element_ty), mask=real)
+            rest = q - code.to(tl.float32)
+            if codes.dtype.element_ty == tl.int8:
+                rest *= FINER
+            tl.store(cells + COLUMNS, nearest(rest, codes.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def nearest(q, CODE: tl.constexpr):
+    """q in the codes' type."""
+    if CODE == tl.int8:
+        q = (q + 12582912.0) - 12582912.0  # 1.5 * 2^23: float32 keeps no fraction there
+    return q.to(CODE)
