@@ -83,11 +83,10 @@ def test_stages_give_the_unsplit_engines_tokens(tmp_path: Path, processes: bool)
 
 @needs_ort
 def test_what_the_kernels_renormalise_is_undone(tmp_path: Path) -> None:
-    """Of experts whose scores do not add up to 1, in 16 bits."""
+    """Of experts whose scores do not add up to 1, in 16 bits, in which two that are nearly tied may change places."""
     path = make_checkpoint(tmp_path, "olmoe")
-    engine = build_engine(path, tmp_path / "engine", target="cuda", precision="bf16", max_seq=64)
-    report = verify(engine, path, bounds=BF16)
-    assert report.passed, str(report)
+    report = verify(build_engine(path, tmp_path / "engine", target="cuda", precision="bf16", max_seq=64), path)
+    assert report.stages and report.first_divergence is None, str(report)
 
 
 def target_here() -> Target:

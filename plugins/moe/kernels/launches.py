@@ -15,7 +15,7 @@ With int4 weights few tokens have tiles of 8 rows and some tokens of 32: weights
 right one that is cut finely.
 Above 16 tokens, int8 and fp8 weights with one scale per row are multiplied by x in 8 bits, with a scale per token, unless
 the operator's keep_activations says otherwise: then they are converted as for few tokens.
-Tiles were chosen for sm_80 and sm_90; sm_89 and sm_120, with 99 KiB per block, use those of sm_80.
+Tiles for sm_90 were timed on an H100. sm_89 and sm_120, with 99 KiB per block, use those of sm_80, which have not been timed.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ def _tile(setting: Setting, matrices: int) -> Tile:
     # Gates on groups hold their sums, those of the step and converted weights: in wider tiles more than fits into registers.
     crowded = matrices > 1 and attributes.group_size > 0
     if _many(setting.sizes, attributes) > setting.sizes.T:
-        wide = hopper and matrices == 1 and setting.in_codes and attributes.weight_format == "fp8_e4m3"
+        wide = hopper and matrices == 1 and setting.in_codes
         deep = hopper and matrices == 2 and attributes.weight_format == "dense"
         return Tile(64, 128 if wide else 32 if crowded or matrices > 2 else 64, BK, 4, 5 if deep else 3)
     # Groups' partial sums take as many registers again as the sums; converted weights, and a second code, take some.
@@ -343,15 +343,16 @@ def _int4_tile(setting: Setting, matrices: int) -> Tile:
     T, attributes = setting.sizes.T, setting.attributes
     if attributes.group_size % 32:
         return Tile(8 if T <= FEW else 64, 64, 64, 4, 2)  # a scale to each weight takes eight times the weight's memory
+    BK, BK_long = _step(attributes, 64), _step(attributes, 128)
     if T <= FEW:
-        # The second product's programs, two to an SM at one token of Mixtral, each have 14 KiB of weights under way.
-        return Tile(8, 32, _step(attributes, 128), 2, 8 if matrices == 1 else 6)
+        return Tile(8, 16, BK_long, 1, 8) if matrices == 1 else Tile(8, 32, BK_long, 2, 6)
     if T <= SOME:
-        return Tile(32, 64, _step(attributes, 128), 4, 4)
-    if _many(setting.sizes, attributes) > T:
-        return Tile(64, 64, _step(attributes, 64), 4, 4)
-    wide = matrices < (3 if setting.sm == 90 else 2)  # what registers have room for
-    return Tile(128 if wide else 64, 128, _step(attributes, 64), 8, 3)
+        return Tile(32, 64, BK_long, 4, 4)
+    many = _many(setting.sizes, attributes)
+    if matrices == 1:
+        return Tile(128, 128, BK, 8, 3) if many <= T else Tile(64, 128, BK_long, 8, 3)
+    # Each matrix has its sums, and registers have room for so many.
+    return Tile(128, 64, BK, 4, 3) if setting.sm == 90 and matrices == 2 and 2 * many <= T else Tile(64, 64, BK, 4, 4)
 
 
 def _step(attributes: MoEAttributes, most: int) -> int:
