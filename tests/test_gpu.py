@@ -86,7 +86,8 @@ def test_what_the_kernels_renormalise_is_undone(tmp_path: Path) -> None:
     """Of experts whose scores do not add up to 1, in 16 bits, in which two that are nearly tied may change places."""
     path = make_checkpoint(tmp_path, "olmoe")
     report = verify(build_engine(path, tmp_path / "engine", target="cuda", precision="bf16", max_seq=64), path)
-    assert report.stages and report.first_divergence is None, str(report)
+    assert report.stages
+    assert report.first_divergence is None, str(report)
 
 
 def target_here() -> Target:

@@ -52,6 +52,6 @@ def quantize(
 @triton.jit
 def nearest(q, CODE: tl.constexpr):
     """q in the codes' type."""
-    if CODE == tl.int8:
+    if tl.int8 == CODE:
         q = (q + 12582912.0) - 12582912.0  # 1.5 * 2^23: float32 keeps no fraction there
     return q.to(CODE)
