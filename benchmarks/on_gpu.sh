@@ -5,7 +5,7 @@
 #     benchmarks/on_gpu.sh [OUT [STEP...]]        # default: benchmarks/results, all steps
 #
 # Each step writes OUT/NAME.log and has a time limit; one that fails does not stop the rest. At the end stands which aims were
-# met, missed or not measured; exit status 0 only if all were met. It has not run yet: no GPU was at hand.
+# met, missed or not measured; exit status 0 only if all were met.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 WORK=build/on-gpu

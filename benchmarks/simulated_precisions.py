@@ -5,8 +5,8 @@
 
 bf16 is the reference decoder in bfloat16. The others compute in float32 with exactly the weights, scales and rounded
 activations of a TensorRT engine; what an engine rounds to bfloat16 in between is not rounded. Experts of fp8 and int8 round
-their activations too, with a scale per token, in steps of many tokens: x to one code, and what the second matrix reads to one
-in int8 and to two in fp8, the second of what the first left. In steps of up to 16 tokens they do without, as do the rows
+their activations too, with a scale per token, in steps of many tokens: x to one code, and what the second matrix reads to two,
+the second of what the first left. In steps of up to 16 tokens they do without, as do the rows
 "few tokens"; int4 rounds no activation anywhere, nor does fp8 built with `--weight-only`, whose dense products have 16 bits.
 "weights as they are" rounds activations alone. "by text" are weights that `gatework build --calibration-text` rounded with
 knowledge of the calibration text, all of it.
@@ -53,7 +53,7 @@ from gatework.export.smoothing import balance_columns, balance_norm, balanced_pr
 from gatework.export.tensorrt.scales import StaticScales
 from gatework.plugins.moe import reference, torch_op
 from gatework.plugins.moe.spec import MoEAttributes
-from gatework.plugins.moe.workspace import HIDDEN_CODES
+from gatework.plugins.moe.workspace import FINER, HIDDEN_CODES
 from gatework.runtime.tokenizer import load_tokenizer
 from gatework.runtime.verify.compare import Comparison, Place
 from gatework.runtime.verify.perplexity import WINDOW, negative_log_likelihood, perplexity, windows
@@ -127,7 +127,8 @@ class RoundedExperts(nn.Module):
         absmax = x.abs().amax(-1, keepdim=True)
         scale = torch.where(absmax == 0, 1.0, absmax) / LARGEST[self.kind]
         first = rounded(x, scale, self.kind)
-        return first if codes == 1 else first + rounded(x - first, scale, self.kind)
+        finer = scale / FINER if self.kind == "int8" else scale
+        return first if codes == 1 else first + rounded(x - first, finer, self.kind)
 
 
 def expert_weight(part: Tensor, stored: MoEAttributes) -> Tensor:

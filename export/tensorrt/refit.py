@@ -36,7 +36,7 @@ def refit_engine(
 ) -> Path:
     """Make a whole engine of one that was built with strip_weights, and a checkpoint: the same one, or a fine-tune of it.
 
-    Needs a GPU of the engine's target and the toolchain that compiled the plan. Not run yet: no GPU was at hand.
+    Needs a GPU of the engine's target and the toolchain that compiled the plan. Not run yet: none was at hand.
 
     Args:
         calibration: of this checkpoint, for int8 and fp8.

@@ -12,7 +12,7 @@ illegal access ends no other. The JSON is written after every case. Exit status 
 
 --tune times tiles instead, and prints a table of them.
 
-It needs a CUDA GPU and has not run on one yet.
+It needs a CUDA GPU.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@
 
 A call allocates nothing on the device, waits for nothing and reads no data. All that depends on a call's sizes is worked
 out once and kept (`Arguments`); later calls of those sizes only write their addresses and launch.
-
-Nothing here has run on a GPU yet: what is passed was checked against the compiled kernels' own parameters.
 """
 
 from __future__ import annotations

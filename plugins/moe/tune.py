@@ -1,4 +1,4 @@
-"""Times tiles of the grouped products on a GPU, to choose those of `kernels.launches` by. Not run yet: no GPU was at hand."""
+"""Times tiles of the grouped products on a GPU, to choose those of `kernels.launches` by."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ and where matrices are multiplied in 8 bits (weight_format fp8_e4m3, int8, but f
     x_codes         [T, D]       1 byte   x_scale       [T]    float32
     hidden_codes    [T*K, P, I]  1 byte   hidden_scale  [T*K]  float32
 
-P is 2: a second code holds what the first one left, hidden = (code + rest) * scale, in int8 rest / 254. In fp8 four bits of
+P is 2: a second code holds what the first one left, hidden = (code + rest) * scale, in int8 rest / FINER. In fp8 four bits of
 significand are 2.6 % off, and twice in a row, in x and in hidden, make 4.6 % of y; with the rest it is 3.8 %. In int8 the
 scale is that of the largest number, and among thousands of hidden ones, products of two, the largest is so far from the rest
 that it made y 4 % off (Mixtral's sizes, normal weights).
@@ -31,6 +31,7 @@ from gatework.plugins.moe.spec import MoEAttributes, MoESizes
 
 ALIGNMENT = 256  # bytes; what cudaMalloc guarantees
 HIDDEN_CODES = {"fp8_e4m3": 2, "int8": 2}  # P, by weight format
+FINER = 254.0  # half a step of an int8 code is 127 of its second one's
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """What a plan's decoder reads of a prompt: keys and values that the encoder's plan made of it, kept by slot on the device.
 
-Not run yet: no GPU was at hand. What can be checked without one is: see tests/runtime/test_tensorrt.py.
+Not run yet: no GPU with a plan's TensorRT was at hand. What can be checked without one is: see tests/runtime/test_tensorrt.py.
 """
 
 from __future__ import annotations

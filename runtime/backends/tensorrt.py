@@ -5,7 +5,8 @@ one token each). Prefill has one execution context; every decode batch size has 
 its context. They run one after the other, so all share one block of scratch memory, and all steps share the same buffers.
 An encoder has a plan of its own, with one context; see `plan_source`.
 
-Not run yet: no GPU was at hand. What can be checked without one is: see tests/runtime/test_tensorrt.py and tests/contract.
+No plan has run yet: no GPU with its TensorRT was at hand. What can be checked without one is: see
+tests/runtime/test_tensorrt.py and tests/contract.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The MoE kernels on a GPU, launched as engines launch them: the interpreter's cases, the plugin, CUDA graphs, PyTorch.
-
-Not one of these tests has run yet: no GPU was at hand.
-"""
+"""The MoE kernels on a GPU, launched as engines launch them: the interpreter's cases, the plugin, CUDA graphs, PyTorch."""
 
 from __future__ import annotations
 

@@ -1,13 +1,15 @@
 """Activations in 8 bits, one scale per row:  scale = max |x| / LARGEST,  code = x / scale, to the nearest, ties to even.
 
 LARGEST is 127 for int8 and 448 for float8_e4m3fn. A row of zeros has codes 0. With PARTS 2 a second code follows the row's
-codes, of what they left: rest = x / scale - code, in fp8 on the same scale, in int8 on one FINER.
+codes, of what they left: rest = x / scale - code, in fp8 on the same scale, in int8 on one FINER times finer.
 """
 
 import triton
 import triton.language as tl
 
-FINER = tl.constexpr(254.0)  # what half a step of an int8 code is to be 127 of
+from gatework.plugins.moe import workspace
+
+FINER = tl.constexpr(workspace.FINER)
 
 
 @triton.jit
