@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that needs an NVIDIA GPU, on the first machine that has one, in under 8 minutes; written for an H100 or H200.
+# All that needs an NVIDIA GPU, in under 8 minutes; written for an H100 or H200.
 #
 #     make gpu-setup                              # once: two environments, kernels, a model; needs no GPU but for its kind
 #     benchmarks/on_gpu.sh [OUT [STEP...]]        # default: benchmarks/results, all steps

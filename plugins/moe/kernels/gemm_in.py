@@ -93,67 +93,19 @@ def gemm_in(
         a = load_columns(x + tokens[:, None] * D + ks[None, :], rows_real[:, None], ks, D, D % BK == 0)
         coming_0 = step_scale(scale, columns, columns_real, k + BK, D, SCALING, GROUP, BN)
         total_0, _ = multiply(
-            total_0,
-            None,
-            a,
-            None,
-            w,
-            scale,
-            ahead_0,
-            columns,
-            columns_real,
-            k,
-            D,
-            SCALING,
-            GROUP,
-            NIBBLES,
-            CODES,
-            BN,
-            BK,
+            total_0, a, w, scale, ahead_0, columns, columns_real, k, D, SCALING, GROUP, NIBBLES, CODES, BN, BK
         )
         ahead_0 = coming_0
         if G > 1:
             coming_1 = step_scale(scale, rows_1, columns_real, k + BK, D, SCALING, GROUP, BN)
             total_1, _ = multiply(
-                total_1,
-                None,
-                a,
-                None,
-                w,
-                scale,
-                ahead_1,
-                rows_1,
-                columns_real,
-                k,
-                D,
-                SCALING,
-                GROUP,
-                NIBBLES,
-                CODES,
-                BN,
-                BK,
+                total_1, a, w, scale, ahead_1, rows_1, columns_real, k, D, SCALING, GROUP, NIBBLES, CODES, BN, BK
             )
             ahead_1 = coming_1
         if G > 2:
             coming_2 = step_scale(scale, rows_2, columns_real, k + BK, D, SCALING, GROUP, BN)
             total_2, _ = multiply(
-                total_2,
-                None,
-                a,
-                None,
-                w,
-                scale,
-                ahead_2,
-                rows_2,
-                columns_real,
-                k,
-                D,
-                SCALING,
-                GROUP,
-                NIBBLES,
-                CODES,
-                BN,
-                BK,
+                total_2, a, w, scale, ahead_2, rows_2, columns_real, k, D, SCALING, GROUP, NIBBLES, CODES, BN, BK
             )
             ahead_2 = coming_2
         if G == 1:

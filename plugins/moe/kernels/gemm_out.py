@@ -64,7 +64,7 @@ def gemm_out(
             rest = load_columns(hidden + cells + I, rows_real[:, None], ks, I, I % BK == 0)
         coming = step_scale(scale, columns, columns_real, k + BK, I, SCALING, GROUP, BN)
         total, fine = multiply(
-            total, fine, a, rest, w, scale, ahead, columns, columns_real, k, I, SCALING, GROUP, NIBBLES, CODES, BN, BK
+            total, a, w, scale, ahead, columns, columns_real, k, I, SCALING, GROUP, NIBBLES, CODES, BN, BK, rest, fine
         )
         ahead = coming
         total = settled(total, NIBBLES)

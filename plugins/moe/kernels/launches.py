@@ -12,7 +12,7 @@ the buffers in the workspace (`workspace`) and of `y`, by these names, and 32-bi
     many tokens              tiles of 64 rows, or of 128 where experts have so many on average
 
 With int4 weights few tokens have tiles of 8 rows and some tokens of 32: weights are the left operand there, and it is the
-right one that is cut finely.
+right one that is cut finely. Their gated products have tiles of 128 rows, on sm_90, where experts have 128 on average.
 Above 16 tokens, int8 and fp8 weights with one scale per row are multiplied by x in 8 bits, with a scale per token, unless
 the operator's keep_activations says otherwise: then they are converted as for few tokens.
 Tiles for sm_90 were timed on an H100. sm_89 and sm_120, with 99 KiB per block, use those of sm_80, which have not been timed.
@@ -362,7 +362,7 @@ def _step(attributes: MoEAttributes, most: int) -> int:
 
 
 def _many(sizes: MoESizes, attributes: MoEAttributes) -> int:
-    """The least T at which tiles of 128 rows are used: experts have 64 on average."""
+    """The least T at which experts have 64 rows on average, and more than SOME."""
     return max(SOME + 1, _ceil(64 * sizes.E, attributes.top_k))
 
 

@@ -138,9 +138,7 @@ def load_nibbles(
 @triton.jit
 def multiply(
     total,  # [BM, BN] float32, or int32 with int8 codes; [BN, BM] with NIBBLES
-    fine,  # the same, of second int8 codes
     a,  # [BM, BK]
-    rest,  # [BM, BK], the second codes of a; or None
     w,  # the expert's first row: [rows, COLUMNS], int4 [rows, ceil(COLUMNS / 2)]
     w_scale,  # the expert's first row: [rows, groups]
     ahead,  # [BN], of step_scale
@@ -154,6 +152,8 @@ def multiply(
     CODES: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    rest=None,  # [BM, BK], the second codes of a
+    fine=None,  # as total, of second int8 codes
 ):
     """total and fine, with the products of a and of rest with the weights' columns k to k + BK added to them, in fp8 both to
     total. Where columns end early, a is 0.
@@ -192,7 +192,7 @@ def multiply(
             fine = tl.dot(rest, q.T, fine, out_dtype=tl.int32)
     elif CODES == "fp8":
         # Hopper adds fp8 products in fewer bits than float32 has. Moving sums to float32 every 128 columns would take 0.0003
-        # off y's error of 0.0384 and 30 % more time (H100, Mixtral's sizes, 4096 tokens).
+        # off y's error of 0.0384 and 30 % more time (H100, Mixtral's sizes, 4096 tokens, the same tiles but for their width).
         total = tl.dot(a, q.T, total)
         if rest is not None:
             total = tl.dot(rest, q.T, total)
