@@ -7,9 +7,9 @@ ptxas 12.8 lets the next turn of a loop do so, where the wait in it comes later 
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterable
+
+from gatework.plugins.moe.kernels.compile import dump
 
 # Of these, the first register is read.
 READERS = ("ST", "LDGSTS", "BAR", "BRA", "DEPBAR", "WARPGROUP", "RED", "R2UR", "ISETP", "FSETP", "PLOP3")
@@ -17,15 +17,8 @@ WIDTHS = {".128": 4, ".64": 2, ".WIDE": 2}
 
 
 def instructions(cubin: bytes) -> list[tuple[int, str]]:
-    """Address and text of each, as NVIDIA's cuobjdump, which comes with Triton, prints them."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return [(int(at, 16), code) for at, code in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", text)]
+    """Address and text of each."""
+    return [(int(at, 16), code) for at, code in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", dump(cubin, "-sass"))]
 
 
 def overwritten_operands(cubin: bytes) -> tuple[int, list[str]]:

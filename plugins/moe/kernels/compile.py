@@ -107,18 +107,23 @@ def triton_compile(variant: Variant, sm: int) -> Any:
 
 
 def _resources(cubin: bytes, entry: str) -> tuple[int, int]:
-    """Registers and bytes of local memory per thread, as NVIDIA's cuobjdump, which comes with Triton, reads them."""
+    """Registers and bytes of local memory per thread."""
+    text = dump(cubin, "-res-usage")
+    found = re.search(rf"Function {re.escape(entry)}:\s*(.*)", text)
+    assert found, text
+    usage = {name: int(count) for name, count in re.findall(r"(\w+):(\d+)", found[1])}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def dump(cubin: bytes, option: str) -> str:
+    """What NVIDIA's cuobjdump, which comes with Triton, says of it."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(rf"Function {re.escape(entry)}:\s*(.*)", text)
-    assert found, text
-    usage = {name: int(count) for name, count in re.findall(r"(\w+):(\d+)", found[1])}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def save(directory: Path, sm: int, variants: Iterable[Variant]) -> list[str]:

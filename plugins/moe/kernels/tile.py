@@ -192,7 +192,7 @@ def multiply(
             fine = tl.dot(rest, q.T, fine, out_dtype=tl.int32)
     elif CODES == "fp8":
         # Hopper adds fp8 products in fewer bits than float32 has. Moving sums to float32 every 128 columns would take 0.0003
-        # off y's error of 0.0384 and 30 % more time (H100, Mixtral's sizes, 4096 tokens, the same tiles but for their width).
+        # off y's error of 0.0384 and 30 % more time (an H100, Mixtral's sizes, 4096 tokens, equal tiles).
         total = tl.dot(a, q.T, total)
         if rest is not None:
             total = tl.dot(rest, q.T, total)
