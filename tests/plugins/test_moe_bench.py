@@ -136,7 +136,7 @@ def test_a_failing_case_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.usefixtures("on_cpu")
 def test_tiles_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each as the tile of both products, and then the table's own again."""
+    """Each as the tile of one product, beside the table's own for the other."""
     used: list[Tile] = []
 
     def timed(call: Any) -> float:
@@ -149,12 +149,16 @@ def test_tiles_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "seconds_of", timed)
     monkeypatch.setattr(tune, "SHAPES", measure.SHAPES)
     lines = list(tune.table("mixtral", ["int8"], [5]))
-    chosen = Tile(16, 32, 128, 4, 4)
-    assert used == [each for tile in (chosen, *tune.FEW_TILES) for each in (tile, tile)]
-    assert lines[2] == "| mixtral | int8 | 5 | chosen | - | - | - | - | 1000.0 |"
-    assert lines[3] == "| mixtral | int8 | 5 | 16 | 32 | 128 | 4 | 4 | 1000.0 |"
-    assert len(lines) == 3 + len(tune.FEW_TILES)
-    assert {line.count("|") for line in lines} == {10}
+    own, tried = Tile(16, 32, 128, 4, 4), tune.FEW_TILES
+    assert list(zip(used[::2], used[1::2], strict=True)) == [
+        *[(own, own), *((tile, own) for tile in tried), *((own, tile) for tile in tried)]
+    ]
+    assert lines[2] == "| mixtral | int8 | 5 | chosen | - | - | - | - | - | 1000.0 |"
+    assert lines[3] == "| mixtral | int8 | 5 | in | 16 | 32 | 128 | 4 | 4 | 1000.0 |"
+    assert lines[3 + len(tried)] == "| mixtral | int8 | 5 | out | 16 | 32 | 128 | 4 | 4 | 1000.0 |"
+    assert len(lines) == 3 + 2 * len(tried)
+    assert {line.count("|") for line in lines} == {11}
+    assert tune.candidates(5, "int4") != tried
 
 
 def dies() -> Iterator[tuple[str, dict[str, Any]]]:
