@@ -56,7 +56,8 @@ def write_graph(
             table |= facts[name]
         stages.append({"layers": [layers.start, layers.stop], "weight_bytes": facts["weight_bytes"]})
     weight_bytes = {name: sum(stage["weight_bytes"][name] for stage in stages) for name in ("total", "per_token")}
-    return files, {"weight_bytes": weight_bytes, **tables, engine_format.STAGES: stages}
+    cache = {engine_format.CACHE_DTYPE: facts[engine_format.CACHE_DTYPE]}
+    return files, {"weight_bytes": weight_bytes, **tables, **cache, engine_format.STAGES: stages}
 
 
 def _write_lowered(

@@ -36,7 +36,7 @@ class Format:
     experts: the model has some. fine_group: of what `groups.fine` names; 0: a row, as in plans, whose embedding is in floats.
     pure: of what it names the embedding alone has 8 bits.
     kept: weights that have the checkpoint's own codes, and so no error, with their groups. fp8: experts' weights are e4m3, with
-    a scale per row; all else is in floats.
+    a scale per row; all else is in floats. cache: roundoff of cached keys and values, where activations have more bits; else 0.
     """
 
     unit: float
@@ -49,6 +49,7 @@ class Format:
     pure: bool = False
     kept: Mapping[str, int] = field(default_factory=dict)
     fp8: bool = False
+    cache: float = 0.0
 
     @property
     def attention(self) -> Format:
@@ -135,6 +136,10 @@ class Rounding(TorchFunctionMode):
     def sum_of(self, y: Tensor, size: Tensor) -> Tensor:
         """A sum y whose terms have the absolute sum `size`."""
         return y + self._draw(2 * _STEPS * self._form.unit * size)
+
+    def cached(self, y: Tensor) -> Tensor:
+        """Keys or values y as the cache has them."""
+        return y + self._draw(2 * self._form.cache * y.abs())
 
     def sigmoid_of(self, y: Tensor) -> Tensor:
         """A sigmoid y: ONNX Runtime's is 0.5 plus an odd function, so that near 0 it is as inexact as near 0.5."""

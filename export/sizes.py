@@ -12,8 +12,6 @@ from gatework.plugins.moe.cpu_ops import BLOCK_ROWS
 Precision = Literal["fp32", "bf16", "fp8", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp8", "int8", "int4")
 
-# Bytes of one cached key or value: CPU engines, quantised or not, compute in float32; the rest are GPU formats.
-KV_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp8": 2, "int8": 4, "int4": 4}
 _BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
 GPU_VALUE = 2  # bytes of an activation, a cached key or value: bfloat16 or float16
 _EXPERTS, _EXPERT_BIASES = ".moe.w_", ".moe.b_"  # in the names of their weights
@@ -81,9 +79,18 @@ def tensor_bytes(config: ModelConfig, precision: Precision, group: int | None = 
 def kv_bytes(config: ModelConfig, precision: Precision, positions: int) -> int:
     """Bytes of the keys and values of `positions` cache positions, and of a prompt as long where an encoder reads it.
 
-    A sliding window does not make the cache shorter.
+    A sliding window does not make the cache shorter. Values have 16 bits but in fp32, and in int8 and int4, which are for CPUs,
+    where ONNX Runtime's attention runs instead of this package's.
     """
-    return caches(config) * positions * config.kv_bytes_per_token(KV_BYTES[precision])
+    on_cpu = precision in ("int8", "int4")
+    wide = precision == "fp32" or (on_cpu and not _has_cached_attention(config.within(positions)))
+    return caches(config) * positions * config.kv_bytes_per_token(4 if wide else 2)
+
+
+def _has_cached_attention(config: ModelConfig) -> bool:
+    """Whether `lower.cached_attention` takes the model's attention; each of the rest is an operator of ONNX Runtime's."""
+    odd = config.head_dim % 16 or config.rotary_dim % 16
+    return not odd and config.ntk_length is None and config.relative_buckets is None
 
 
 def caches(config: ModelConfig) -> int:

@@ -53,8 +53,9 @@ def is_current(source: Path, out: Path, options: BuildOptions) -> bool:
             stamps[name][0] == facts["size"] and stamps[name][1] <= finished
             for name, facts in manifest["files"].items()
         )
+        same_format = manifest["format_version"] == engine_format.FORMAT_VERSION
         same_tools = manifest["toolchain"] == tool_versions(options, experts=manifest["model"]["moe"] is not None)
-        return same_files and same_tools and manifest.get("inputs") == build_inputs(source, options)
+        return same_files and same_format and same_tools and manifest.get("inputs") == build_inputs(source, options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # no engine, or one that cannot be read
 

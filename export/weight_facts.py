@@ -1,4 +1,4 @@
-"""What an engine's manifest says of its weights."""
+"""What an engine's manifest says of its weights and its cache."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import onnx_ir as ir
 import torch
 
 from gatework.export.config import ModelConfig
-from gatework.export.packing import TensorSpec, is_weight, pack_of
+from gatework.export.packing import TORCH_DTYPES, TensorSpec, is_weight, pack_of
 from gatework.plugins import engine_format
 
 
 def weight_facts(model: ir.Model, config: ModelConfig, encoder: ir.Model | None = None) -> dict[str, Any]:
     """The tensor table, and weight bytes: in all, and read for one decoded token (chosen experts, one embedding row).
 
-    kept: weights that have the checkpoint's own codes, with the neighbours that share a scale; 0: a whole row.
+    cache_dtype: the type of cached keys and values. kept: weights that have the checkpoint's own codes, with the neighbours
+    that share a scale; 0: a whole row.
     """
     if encoder is not None:
         decoder, other = weight_facts(model, config), weight_facts(encoder, config)
@@ -44,8 +45,12 @@ def weight_facts(model: ir.Model, config: ModelConfig, encoder: ir.Model | None 
         elif spec.name.startswith("embed.") and not _feeds_product(value):
             share = 1 / config.vocab_size
         per_token += nbytes * share
-    sizes = {"total": total, "per_token": round(per_token)}
-    return {"weight_bytes": sizes, "tensors": tensors, engine_format.KEPT: kept}
+    facts: dict[str, Any] = {"weight_bytes": {"total": total, "per_token": round(per_token)}, "tensors": tensors}
+    past = next((value for value in model.graph.inputs if str(value.name).startswith("past.")), None)
+    if past is not None:  # no encoder's
+        assert past.dtype is not None
+        facts[engine_format.CACHE_DTYPE] = str(TORCH_DTYPES[past.dtype]).removeprefix("torch.")
+    return facts | {engine_format.KEPT: kept}
 
 
 def _nbytes(spec: TensorSpec) -> int:

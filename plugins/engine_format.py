@@ -10,7 +10,7 @@ from typing import Any
 
 from gatework.plugins.machine import usable_cpus
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: caches of CPU engines were float32
 MANIFEST = "manifest.json"
 FALLBACK = "fallback.onnx"  # of a CPU engine: the graph for machines without the CPU kernels' library
 ENCODER = "encoder.onnx"  # of an encoder-decoder model; reads the same weight files as model.onnx
@@ -23,6 +23,7 @@ CHECKPOINT = "checkpoint"  # a folder in a portable model: files that it shares 
 IN_PLACE = ("model.onnx.weights", "model.onnx.experts", ENCODER, "model.onnx")
 MAX_HEAD = 8 << 20  # bytes of a shared file, those before its weights, that are hashed at most
 
+CACHE_DTYPE = "cache_dtype"  # field of the manifest: the type of cached keys and values, a name of PyTorch's
 STAGES = "stages"  # field of a staged engine's manifest: layers [first, end) and weight_bytes of each stage
 KEPT = "kept"  # field of the manifest: weights that have the checkpoint's own codes -> neighbours that share a scale, 0: a row
 
@@ -51,6 +52,7 @@ MANIFEST_FIELDS: dict[str, type | tuple[type, ...]] = {
     "toolchain": dict,  # package -> version used for the build
     "plugin_version": int,
     "checkpoint": dict,  # fingerprint, num_parameters, num_active_parameters
+    CACHE_DTYPE: str,
     "weight_bytes": dict,  # total, per_token: bytes of packed weights; those that one decoded token reads
     "tensors": dict,  # name -> dtype, shape, file of every packed weight
     "files": dict,  # name, kernels/name, checkpoint/name or stage0/name ... -> size, sha256; head, if not of the whole file

@@ -89,7 +89,7 @@ class Engine:
             check: "full" hashes the weights, "sizes" does not, "auto" does so up to 4 GiB.
 
         Raises:
-            GateworkError: not an engine, of a newer format, incomplete, or altered; names the file.
+            GateworkError: not an engine, of another format, incomplete, or altered; names the file.
         """
         path = Path(path)
         manifest = _read_manifest(path)
@@ -146,14 +146,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if not isinstance(version, int):
         raise _damaged(file, "it has no format_version")
-    if version > engine_format.FORMAT_VERSION:
-        known = f"at most {engine_format.FORMAT_VERSION}"
-        raise GateworkError(
-            f"{path} has a newer engine format",
-            got=version,
-            expected=known,
-            fix="upgrade gatework or rebuild the engine",
-        )
+    if version != engine_format.FORMAT_VERSION:
+        newer = version > engine_format.FORMAT_VERSION
+        fix = "upgrade gatework or rebuild the engine" if newer else "build the engine again"
+        what = f"{path} has {'a newer' if newer else 'an older'} engine format"
+        raise GateworkError(what, got=version, expected=engine_format.FORMAT_VERSION, fix=fix)
     for name, kind in engine_format.MANIFEST_FIELDS.items():
         if not isinstance(manifest.get(name), kind):
             raise _damaged(file, f"its field {name} is missing or of the wrong type")

@@ -101,6 +101,8 @@ def test_engine_equals_rounded_reference(
         monkeypatch.setattr(cpu_ops, "find_library", lambda: None)
         with pytest.warns(UserWarning, match="ONNX Runtime's are used, which are slower"):
             backend = OrtBackend(engine, max_batch=1)
+    layout = backend._cache.layout
+    assert layout.itemsize == (2 if native and layout.width % 16 == 0 else 4)
     reference = Reference.load(path, 32)
     round_weights(reference.decoder, int(precision[3:]), DEFAULT_GROUPS[precision])
 

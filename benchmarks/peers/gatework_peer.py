@@ -31,9 +31,11 @@ class GateworkPeer:
         """Random numbers: pages that nobody wrote would read faster than memory."""
         random = np.random.default_rng(1)
         cache = self._backend._cache
-        for name in cache.layout.names:
-            address = ctypes.cast(cache.address(name, 0), ctypes.POINTER(ctypes.c_float))
-            rows = np.ctypeslib.as_array(address, cache.layout.shape(batch))[:, :, :context]
+        layout = cache.layout
+        dtype = {2: np.float16, 4: np.float32}[layout.itemsize]
+        for name in layout.names:
+            block = (ctypes.c_char * (batch * layout.slot_bytes)).from_address(cache.address(name, 0))
+            rows = np.frombuffer(block, dtype).reshape(layout.shape(batch))[:, :, :context]
             rows[:] = random.standard_normal(rows.shape, np.float32)
         self._position = context
 

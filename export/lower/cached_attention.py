@@ -17,10 +17,14 @@ _CONTRIB = "GroupQueryAttention"
 _INPUTS = (0, 3, 4, 7, 8, 1, 2)  # of it: q (or q|k|v), past k and v, cos, sin, k, v
 _POSITION_IDS, _BIAS, _SINKS = 9, 10, 11
 _OUR_INPUTS = 10
+_CACHE = (1, 2)  # its places among CachedAttention's inputs, and among its outputs
 
 
 def to_cached_attention(model: ir.Model) -> tuple[ir.Model, bool]:
-    """Replace every GroupQueryAttention whose positions are the cache's slots, and whose bias, if there is one, is ALiBi's."""
+    """Replace every GroupQueryAttention whose positions are the cache's slots, and whose bias, if there is one, is ALiBi's.
+
+    Post: if all could be replaced, the cache is float16.
+    """
     graph = model.graph
     starts = next((value for value in graph.inputs if value.name == "write_indices"), None)
     modified = False
@@ -43,7 +47,18 @@ def to_cached_attention(model: ir.Model) -> tuple[ir.Model, bool]:
             inputs.pop()
         _take_over(node, build.op(cpu_ops.ATTENTION, *inputs, domain=DOMAIN, outputs=3, **settings))
         modified = True
+    if modified and not any(node.op_type == _CONTRIB for node in graph):
+        _set_cache(graph, ir.DataType.FLOAT16)
     return model, modified
+
+
+def _set_cache(graph: ir.Graph, dtype: ir.DataType) -> None:
+    """Change the type of the cache that goes into and comes out of every CachedAttention."""
+    for node in graph:
+        if node.op_type == cpu_ops.ATTENTION:
+            for value in (each[place] for each in (node.inputs, node.outputs) for place in _CACHE):
+                assert value is not None
+                value.type = ir.TensorType(dtype)  # a clone's values share the type that they had
 
 
 def _slopes(bias: ir.Value | None) -> ir.Value | None:
@@ -53,10 +68,11 @@ def _slopes(bias: ir.Value | None) -> ir.Value | None:
 
 
 def to_group_query_attention(model: ir.Model) -> tuple[ir.Model, bool]:
-    """Undo `to_cached_attention`."""
+    """Undo `to_cached_attention`; the cache is float32, since the operator on CPUs has one type for all."""
     nodes = [node for node in model.graph if node.op_type == cpu_ops.ATTENTION]
     if not nodes:
         return model, False
+    _set_cache(model.graph, ir.DataType.FLOAT)
     lengths = attention_lengths(model.graph, query_lengths=True)
     bias = None
     for node in nodes:

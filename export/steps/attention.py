@@ -26,7 +26,11 @@ def attend(stack: Stack, i: int, layer: Layer) -> Generator[Compared, None, Tens
     x, step = local.hidden, local.step
 
     def projected(at: int) -> Work:
-        return lambda _: _flat(layer.attn.project(layer.attn_norm(x), step)[at])
+        def work(rounding: Rounding | None) -> Tensor:
+            y = _flat(layer.attn.project(layer.attn_norm(x), step)[at])
+            return y if rounding is None else rounding.cached(y)
+
+        return work
 
     yield steps.compare(i, f"{prefix}key", projected(1), _flat(k))
     yield steps.compare(i, f"{prefix}value", projected(2), _flat(v))

@@ -28,19 +28,20 @@ hidden_size D, expert_width I, num_experts E, and those of the norm.
     y, sum        like x                                         float32   sum only with skip
     logits        [T, E]                                         float32   only with router
 
-`gatework::CachedAttention` version 1: rotary positions, the write into the cache and grouped-query attention. Attributes:
-num_heads H, kv_num_heads Hkv, scale, softcap (0: none; else scores become c * tanh(score / c)), window (0: none; else the keys
-that a query sees, its own included).
+`gatework::CachedAttention` version 1: rotary positions, the write into the cache and grouped-query attention. New keys and
+values are rounded to the nearest float16, those beyond 65504 to that; all else is float32. Attributes: num_heads H,
+kv_num_heads Hkv, scale, softcap (0: none; else scores become c * tanh(score / c)), window (0: none; else the keys that a query
+sees, its own included).
 
     q             [B, S, (H + 2 Hkv) * Dh]    float32   q|k|v, or, where k and v are given, q alone [B, S, H * Dh]
-    past_k, _v    [B, Hkv, S_max, Dh]         float32   Dh a multiple of 16
+    past_k, _v    [B, Hkv, S_max, Dh]         float16   Dh a multiple of 16
     write_indices [B]                         int64     slot, and position, of the first new key
     cos, sin      [S_max, R / 2]              float32   the first R <= Dh elements are rotated, in halves; R may be 0
     k, v          [B, S, Hkv * Dh]            float32   optional
     slopes        [H]                         float32   optional, ALiBi's: off a score for each position that the key is behind
     sinks         [H]                         float32   optional, a score more in each head's softmax, for no key
     y             [B, S, H * Dh]              float32
-    present_k, _v like past_k                           a caller may bind them to the memory of past_k and past_v
+    present_k, _v like past_k                 float16   a caller may bind them to the memory of past_k and past_v
 
 The layout of a block is written down in cpu/layout.h. Activations are quantised to int8 per token and group; to 16 bits are
 those inside an expert, whose error would weigh most, and those of `wide` products. Products are sums of integers; norms,

@@ -32,12 +32,15 @@ from gatework.runtime.engine import Engine, Stage
 _GRAPH = "model.onnx"
 _CUDA = "CUDAExecutionProvider"
 _WARNING, _FATAL = 2, 4  # severities of its log; the first is its default
-# Type of a cache: ONNX's number for it, which NumPy's lack of bfloat16 calls for, and bytes.
-_FLOAT, _INT64, _FLOAT16, _BFLOAT16 = 1, 7, 10, 16
-_CACHE_TYPES = {"tensor(float)": (_FLOAT, 4), "tensor(float16)": (_FLOAT16, 2), "tensor(bfloat16)": (_BFLOAT16, 2)}
+# Types of what goes in and out: ONNX's number for each, and NumPy's type that holds it; bfloat16 is passed on as it is.
+_FLOAT, _FLOAT16, _BFLOAT16 = 1, 10, 16
+_TYPES: dict[str, tuple[int, type[np.generic]]] = {
+    "tensor(int64)": (7, np.int64),
+    "tensor(float)": (_FLOAT, np.float32),
+    "tensor(float16)": (_FLOAT16, np.float16),
+    "tensor(bfloat16)": (_BFLOAT16, np.uint16),
+}
 _CACHE_NAMES = {_FLOAT: "float32", _FLOAT16: "float16", _BFLOAT16: "bfloat16"}
-# The stream between stages has the caches' type; bfloat16 is passed on as it is.
-_STREAM_DTYPES: dict[int, type[np.generic]] = {_FLOAT: np.float32, _FLOAT16: np.float16, _BFLOAT16: np.uint16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ class _Step:
 class OrtBackend(Steps):
     """Runs an engine's model.onnx, or that of one of its stages.
 
-    What a stage takes and gives, but at the ends of the engine, is the stream [B, S, D], in `stream_dtype`.
+    What a stage takes and gives, but at the ends of the engine, is the stream [B, S, D].
 
     Args:
         engine: an opened engine directory, for the target cpu, onnx or cuda.
@@ -130,24 +133,22 @@ class OrtBackend(Steps):
             encoder = _open_session(engine, threads, **common, taps=before, graph=engine_format.ENCODER)
             seen = _tap_outputs(encoder, before)
             self._source = Source(encoder, inputs, max_batch, engine.limits.max_seq, seen)
-        self._cache_type, itemsize = _CACHE_TYPES[past.type]
-        self.stream_dtype = _STREAM_DTYPES[self._cache_type]
-        self._x, self._y = self._ports(engine.model, stage)
+        first = 0 if stage is None else stage.first
+        end = engine.model["num_layers"] if stage is None else stage.end
+        self._x = _port(inputs, stage_input(first) if first > 0 else "input_ids")
+        self._y = _port(outputs, stage_input(end) if end < engine.model["num_layers"] else "logits")
+        self._cache_type, dtype = _TYPES[past.type]
         heads, positions, width = past.shape[1:]
-        layout = KVLayout(names, max_batch, heads, positions, width, itemsize)
+        layout = KVLayout(names, max_batch, heads, positions, width, np.dtype(dtype).itemsize)
         self._cache: Cache = HostCache(layout) if device is None else DeviceCache(layout, device)
         self._decode_steps: dict[tuple[int, int], _Step] = {}  # (first slot, slots)
         all_positions = outputs[self._y.name].shape[1] != 1
         super().__init__(max_batch, engine.limits.max_seq, all_logits=all_positions, one_by_one=rows_differ(engine))
 
-    def _ports(self, model: dict[str, Any], stage: Stage | None) -> tuple[_Port, _Port]:
-        x = _Port("input_ids", (), _INT64, np.int64)
-        y = _Port("logits", (model["vocab_size"],), _FLOAT, np.float32)
-        if stage is not None and stage.first > 0:
-            x = _Port(stage_input(stage.first), (model["hidden_size"],), self._cache_type, self.stream_dtype)
-        if stage is not None and stage.end < model["num_layers"]:
-            y = _Port(stage_input(stage.end), (model["hidden_size"],), self._cache_type, self.stream_dtype)
-        return x, y
+    @property
+    def takes(self) -> tuple[tuple[int, ...], type[np.generic]]:
+        """Shape and type of one position of what `forward` takes: a token, or the stream [D]; uint16 are bfloat16's bits."""
+        return self._x.row, self._x.dtype
 
     def forward(self, slot: int, x: np.ndarray, starts: np.ndarray, prompts: np.ndarray) -> np.ndarray:
         """See `Steps`; a stage takes and gives what lies between stages."""
@@ -223,6 +224,11 @@ class OrtBackend(Steps):
         for output in self._taps.values():
             binding.bind_output(output, "cpu")
         return step
+
+
+def _port(values: dict[str, Any], name: str) -> _Port:
+    """One of a session's inputs or outputs [B, S, ...]."""
+    return _Port(name, tuple(values[name].shape[2:]), *_TYPES[values[name].type])
 
 
 def _open_gpu() -> Any:

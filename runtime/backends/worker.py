@@ -63,17 +63,15 @@ def serve(settings: Settings) -> None:
             backend.move(*message.numbers)
             wire.tell(message)
         else:
-            y = _step(backend, wire, message, None if stage.number == 0 else engine.model["hidden_size"])
+            y = _step(backend, wire, message)
             wire.tell(message)
             wire.send(y)
 
 
-def _step(backend: OrtBackend, wire: Wire, message: Message, hidden: int | None) -> np.ndarray:
+def _step(backend: OrtBackend, wire: Wire, message: Message) -> np.ndarray:
     slot, batch, length = message.numbers
-    if hidden is None:
-        x = wire.receive((batch, length), np.int64)
-    else:
-        x = wire.receive((batch, length, hidden), backend.stream_dtype)
+    row, dtype = backend.takes
+    x = wire.receive((batch, length, *row), dtype)
     return backend.forward(slot, x, message.starts, message.prompts)
 
 

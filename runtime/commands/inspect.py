@@ -18,9 +18,10 @@ _ABOUT = """
     Print architecture, parameters and memory of a checkpoint folder, of a config.json or params.json file alone, or of an
     engine. No weights are read.
 
-    The memory table counts the weights and the KV cache of one sequence at full context: float32 for fp32, int8 and
-    int4, as CPU engines have them; 16 bits for bf16 and fp8, and for GPU engines but fp32. Activations come on top. Where
-    one device is too small, "on 2" says how many of its size hold the model, whole layers each; "no": a layer is too large.
+    The memory table counts the weights and the KV cache of one sequence at full context, which has 16 bits but for fp32,
+    and, on CPUs, for models with dynamic NTK, relative positions or heads of odd widths. int8 and int4 are as on CPUs.
+    Activations come on top. Where one device is too small, "on 2" says how many of its size hold the model, whole layers
+    each; "no": a layer is too large.
 """
 _EXAMPLES = """
     gatework inspect examples/tiny-mixtral
@@ -73,7 +74,7 @@ def _read_engine(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
     engine = Engine.open(path, check="sizes")
     names = ("format_version", "gatework_version", "target", "precision", "limits", "weight_bytes", "toolchain")
-    about = {name: engine.manifest[name] for name in names}
+    about = {name: engine.manifest[name] for name in (*names, engine_format.CACHE_DTYPE)}
     about["weight_only"] = engine.manifest["inputs"]["settings"].get("weight_only", False)
     about["kept"] = engine.manifest.get(engine_format.KEPT, {})
     about["stages"] = engine.manifest.get(engine_format.STAGES, [])
@@ -129,8 +130,8 @@ def _sizes(config: ModelConfig, engine: dict[str, Any] | None, memories: dict[st
 
 
 def _value_bytes(engine: dict[str, Any]) -> int:
-    """Bytes of a cached key or value: CPU engines and fp32 compute in float32, the others in 16 bits."""
-    return 4 if engine["target"] == "cpu" or engine["precision"] == "fp32" else 2
+    """Bytes of a cached key or value."""
+    return 4 if engine[engine_format.CACHE_DTYPE] == "float32" else 2
 
 
 def _text(path: Path, config: ModelConfig, facts: dict[str, Any]) -> str:
@@ -326,5 +327,5 @@ def _memory_text(facts: dict[str, Any]) -> str:
         fits = (_needed(facts["devices"][precision][name]) for name in memories)
         total = nbytes + facts["kv_bytes_at_context"][precision]
         rows.append((precision, f"{nbytes:,}", size(nbytes), size(total), *fits))
-    note = "KV cache: float32 for fp32, int8 and int4, as on CPUs; 16 bits for bf16 and fp8, which are for GPUs"
+    note = "bf16 and fp8 are for GPUs; int8 and int4 are as on CPUs"
     return table(rows, "<>>>" + ">" * len(memories)) + ("" if facts["kind"] == "engine" else f"\n{note}")

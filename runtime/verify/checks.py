@@ -237,13 +237,14 @@ def _format(engine: Engine) -> Format:
     settings = engine.manifest["inputs"]["settings"]
     group = settings["group_size"] or (GPU_GROUPS if plan else DEFAULT_GROUPS).get(precision, 0)
     wide = cpu_ops.usable_library(onnxruntime_version()) is not None  # our own kernels run
+    halves = wide and kind == "float32" and engine.manifest[engine_format.CACHE_DTYPE] == "float16"
     experts = engine.model["moe"] is not None
     fine = 0 if plan else FINE_GROUP
     dynamic, kept = bool(bits) and on_cpu, engine.manifest.get(engine_format.KEPT, {})
     pure = settings.get("pure", False)
     form = Format(UNITS[kind], bits, group, dynamic=dynamic, wide=wide, experts=experts, fine_group=fine)
     fp8 = precision == "fp8"  # of experts alone: other plans of it show nothing inside
-    return replace(form, pure=pure, kept=kept, fp8=fp8)
+    return replace(form, pure=pure, kept=kept, fp8=fp8, cache=UNITS["float16"] if halves else 0.0)
 
 
 def _slots(engine: Engine) -> int:

@@ -20,6 +20,7 @@ from gatework.export.lower.fused import fuse_into_kernels
 from gatework.export.lower.last_position import hoist_last_position
 from gatework.export.lower.packed import to_contrib
 from gatework.export.onnx_export import trace
+from gatework.export.sizes import kv_bytes
 from gatework.plugins.engine_format import graph_taps
 from gatework.plugins.errors import GateworkError
 from tests.checkpoints import make_checkpoint
@@ -106,6 +107,26 @@ def test_the_fallback_has_no_operator_of_ours(precision: str) -> None:
     assert modified
     assert (ops["QMoE"], ops["MatMulNBits"], ops["GroupQueryAttention"]) == (3, 2 * 3 + 1, 3)
     assert not any(node.domain == "gatework" for node in model.graph)
+
+
+def cache_types(model: ir.Model) -> set[ir.DataType | None]:
+    values = (*model.graph.inputs, *model.graph.outputs)
+    return {value.dtype for value in values if str(value.name).startswith(("past.", "present."))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "value_bytes"),
+    [({}, 2), ({"alibi_bias_max": 8.0}, 2), ({"head_dim": 24}, 4), ({"ntk_length": 16}, 4)],
+    ids=str,
+)
+def test_only_our_attention_has_a_cache_of_halves(changes: dict[str, object], value_bytes: int) -> None:
+    config = with_changes(moe=None, **changes)
+    model = lower_to_cpu(trace(config, 32), config, "int8", 32)
+    assert kv_bytes(config, "int8", 32) == 32 * config.kv_bytes_per_token(value_bytes)
+    own = {ir.DataType.FLOAT16 if value_bytes == 2 else ir.DataType.FLOAT}
+    assert cache_types(model) == own
+    assert cache_types(to_contrib(model.clone())[0]) == {ir.DataType.FLOAT}
+    assert cache_types(model) == own  # a clone shares nothing with it
 
 
 def test_float32() -> None:

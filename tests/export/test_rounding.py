@@ -92,6 +92,17 @@ def test_float32_sums() -> None:
     assert 0.25 < ratio < 1.1, ratio
 
 
+def test_cached_values() -> None:
+    """float16's roundings of values of one size differ with their place between two powers of 2."""
+    values = torch.randn(ROWS, K, generator=torch.Generator().manual_seed(0))
+    got = values.half().float() - values
+    rounding = Rounding(Format(UNITS["float32"], cache=UNITS["float16"]), torch.Generator().manual_seed(0))
+    ratio = float(got.norm() / (rounding.cached(values) - values).norm())
+    assert 0.5 < ratio < 1.1, ratio
+    exact = Rounding(Format(UNITS["float32"]), torch.Generator().manual_seed(0))
+    assert torch.equal(exact.cached(values), values)
+
+
 def test_sigmoids_near_0() -> None:
     """ONNX Runtime's are as far off as those near 0.5, and not by a relative error."""
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in "xy"]

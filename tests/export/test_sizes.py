@@ -42,8 +42,10 @@ def test_engines_have_the_size_foretold(
 ) -> None:
     path = make_checkpoint(tmp_path, model, **{"num_layers": 1} | sizes)
     engine = build_engine(path, tmp_path / "engine", precision=precision, group_size=group)
-    built = json.loads((engine / "manifest.json").read_text())["weight_bytes"]["total"]
-    assert weight_bytes(Checkpoint.open(path).config, precision, group) == built
+    manifest, config = json.loads((engine / "manifest.json").read_text()), Checkpoint.open(path).config
+    assert weight_bytes(config, precision, group) == manifest["weight_bytes"]["total"]
+    value = {"float32": 4, "float16": 2}[manifest["cache_dtype"]]
+    assert kv_bytes(config, precision, 100) == 100 * config.kv_bytes_per_token(value)
 
 
 @pytest.mark.parametrize("model", ["switch", "qwen2_moe", "gpt-oss"])

@@ -51,6 +51,15 @@ def test_a_touched_or_added_weight_file_counts_as_changed(built: tuple[Path, Pat
     (checkpoint / "tokenizer.json").unlink()
 
 
+def test_an_engine_of_another_format_is_built_again(built: tuple[Path, Path]) -> None:
+    checkpoint, engine = built
+    kept = (engine / "manifest.json").read_text()
+    (engine / "manifest.json").write_text(kept.replace('"format_version": 2', '"format_version": 1'))
+    assert not uptodate.is_current(checkpoint, engine, OPTIONS)
+    (engine / "manifest.json").write_text(kept)
+    assert uptodate.is_current(checkpoint, engine, OPTIONS)
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "manifest.json"])
 def test_an_incomplete_engine_is_built_again(built: tuple[Path, Path], name: str) -> None:
     checkpoint, engine = built

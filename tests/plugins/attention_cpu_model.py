@@ -9,7 +9,8 @@ import onnx
 from onnx import TensorProto, helper
 
 Array = np.ndarray
-FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+FLOAT, FLOAT16, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
+LARGEST_HALF = 65504.0
 SLOTS = 1300
 
 
@@ -39,7 +40,8 @@ def attention_model(settings: Settings, *, joined: bool, slopes: bool = False, s
     )
 
     def value(name: str, rank: int) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, INT64 if name == "write_indices" else FLOAT, [None] * rank)
+        kind = FLOAT16 if name.startswith(("past", "present")) else INT64 if name == "write_indices" else FLOAT
+        return helper.make_tensor_value_info(name, kind, [None] * rank)
 
     infos = [[value(*item) for item in each.items()] for each in (kinds, outputs)]
     graph = helper.make_graph([node], "one", infos[0], infos[1])
@@ -62,7 +64,9 @@ def attention_feeds(
     rng = np.random.default_rng(seed)
     B, H, kv = len(starts), settings.num_heads, settings.kv_num_heads
     q, k, v = (rng.standard_normal((B, S, heads * width), np.float32) for heads in (H, kv, kv))
-    past = {name: rng.standard_normal((B, kv, SLOTS, width), np.float32) for name in ("past_k", "past_v")}
+    past = {
+        name: rng.standard_normal((B, kv, SLOTS, width), np.float32).astype(np.float16) for name in ("past_k", "past_v")
+    }
     angles = np.outer(np.arange(SLOTS), 10_000.0 ** (-np.arange(0, rotary, 2) / max(rotary, 1)))
     feeds = {"q": np.concatenate([q, k, v], axis=-1) if joined else q, **past}
     feeds |= {"write_indices": np.array(starts, np.int64)}
@@ -71,7 +75,7 @@ def attention_feeds(
 
 
 def definition(settings: Settings, feeds: dict[str, Array]) -> tuple[Array, Array, Array]:
-    """y, present_k and present_v."""
+    """y, present_k and present_v, in float64; keys and values are rounded to float16."""
     H, kv, width = settings.num_heads, settings.kv_num_heads, feeds["past_k"].shape[-1]
     B, S, _ = feeds["q"].shape
     q = feeds["q"].astype(np.float64)
@@ -84,8 +88,8 @@ def definition(settings: Settings, feeds: dict[str, Array]) -> tuple[Array, Arra
     for b, start in enumerate(feeds["write_indices"]):
         for s in range(S):
             cos, sin = feeds["cos"][start + s], feeds["sin"][start + s]
-            keys[b, :, start + s] = _rotated(k[b, s].reshape(kv, width), cos, sin)
-            values[b, :, start + s] = v[b, s].reshape(kv, width)
+            keys[b, :, start + s] = _halves(_rotated(k[b, s].reshape(kv, width), cos, sin))
+            values[b, :, start + s] = _halves(v[b, s].reshape(kv, width))
             first = max(0, start + s + 1 - settings.window) if settings.window else 0
             seen = slice(first, start + s + 1)
             for head, query in enumerate(_rotated(q[b, s].reshape(H, width), cos, sin)):
@@ -100,6 +104,11 @@ def definition(settings: Settings, feeds: dict[str, Array]) -> tuple[Array, Arra
                 weights = np.exp(scores - top)
                 y[b, s, head] = weights @ values[b, group, seen] / (weights.sum() + np.exp(sink - top))
     return y.reshape(B, S, -1), keys, values
+
+
+def _halves(values: Array) -> Array:
+    """Rounded; a kernel that computed them in float32 may have the neighbours of a few."""
+    return values.clip(-LARGEST_HALF, LARGEST_HALF).astype(np.float16).astype(np.float64)
 
 
 def _rotated(heads: Array, cos: Array, sin: Array) -> Array:

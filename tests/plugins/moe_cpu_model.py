@@ -209,12 +209,28 @@ def run_all(library: Path | str) -> dict[str, Array]:
     for settings in (Settings(), Settings(num_heads=8, kv_num_heads=1, softcap=3.0, window=40)):
         run = session(attention_model(settings, joined=True, sinks=settings.window > 0), library)
         for S in (1, 60):
-            feeds = attention_feeds(settings, [0, 1200], S, width=80, rotary=32, joined=True)
+            feeds = attention_feeds(settings, [0, 1200], S, width=144, rotary=32, joined=True)
             if settings.window:
                 feeds["sinks"] = np.linspace(-3, 3, settings.num_heads, dtype=np.float32)
             y, present_k, _ = run.run(None, feeds)
             outputs |= {f"attention {settings.softcap} {S}": y, f"keys {settings.softcap} {S}": present_k}
-    return outputs
+    run = session(attention_model(Settings(), joined=True), library)
+    feeds = attention_feeds(Settings(), [0], 600, width=16, rotary=0, joined=True)
+    feeds["q"] = hard_to_halve(feeds["q"].size).reshape(feeds["q"].shape)
+    _, *present = run.run(None, feeds)
+    return outputs | {f"halves {kind}": cache.view(np.uint16) for kind, cache in zip("kv", present, strict=True)}
+
+
+def hard_to_halve(count: int) -> np.ndarray:
+    """Numbers float32 of every size and sign that float16 has, and beyond, midway between two of them and beside that."""
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 0x7BFF, count).astype(np.uint16)  # below the largest
+    values = bits.view(np.float16).astype(np.float32)
+    steps = np.spacing(bits.view(np.float16)).astype(np.float32)
+    middle = values + steps * rng.choice([0, 0.25, 0.5, 0.75], count).astype(np.float32)
+    middle = np.nextafter(middle, middle + rng.choice([-1, 0, 1], count).astype(np.float32))
+    middle[::97] = 10.0 ** rng.uniform(-12, 30, len(middle[::97]))
+    return (middle * rng.choice([-1, 1], count)).astype(np.float32)
 
 
 if __name__ == "__main__":

@@ -244,10 +244,16 @@ def test_truncated_and_incomplete_engine(refused: Refuse, engine: Path) -> None:
 
 
 def test_engine_of_a_newer_format(refused: Refuse, engine: Path) -> None:
-    edit_json(engine / "manifest.json", lambda manifest: manifest.update(format_version=2))
+    edit_json(engine / "manifest.json", lambda manifest: manifest.update(format_version=3))
     err = refused_by_runs(refused, engine)
-    assert "newer engine format; got 2; expected at most 1; fix: upgrade gatework or rebuild the engine" in err
+    assert "a newer engine format; got 3; expected 2; fix: upgrade gatework or rebuild the engine" in err
     assert refused("inspect", engine) == err
+
+
+def test_engine_of_an_older_format(refused: Refuse, engine: Path) -> None:
+    edit_json(engine / "manifest.json", lambda manifest: manifest.update(format_version=1))
+    err = refused_by_runs(refused, engine)
+    assert "an older engine format; got 1; expected 2; fix: build the engine again" in err
 
 
 # ---- prompts

@@ -76,7 +76,8 @@ def test_truncated_and_missing_files(engine: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format_version=2), "newer engine format"),
+        (lambda m: m.update(format_version=3), "a newer engine format"),
+        (lambda m: m.update(format_version=1), "an older engine format"),
         (lambda m: m.pop("format_version"), "no format_version"),
         (lambda m: m.pop("model"), "field model"),
         (lambda m: m.update(limits={"max_seq": 4}), "limits"),

@@ -1,8 +1,10 @@
 // Attention's loops, written once over 16 floats of an instruction set. Included by tile.h.
 //
 // An instruction set's `Lanes` provide
-//   Floats        16 of them, with load, store, all (one number, 16 times), add, mul, and fma(a, b, c) = a * b + c rounded once
+//   Floats        16 of them, with load, store, all (one number, 16 times), add, mul, and fma(a, b, c) = a * b + c rounded once;
+//                 load and store take Halfs, too, see Kernels
 //   sum(a)        of the 16: halves are added until one is left
+//   sums(a, y)    y[i] = sum(a[i]) of kSums of them, which there are registers for
 //   kColumns      groups of 16 columns that six rows of sums leave registers for
 #pragma once
 
@@ -16,7 +18,6 @@ namespace {
 constexpr int kKeys = 48;    // looked at together
 constexpr int kDepth = 128;  // elements of a head that are multiplied at a time
 constexpr int kRowTile = 6;  // rows whose sums stay in registers
-constexpr int kAhead = 16;   // keys
 constexpr int kMany = 8;     // so many rows repay turning them round
 
 constexpr float kUnseen = -3e38f;  // instead of the score of a key that a query must not see
@@ -30,8 +31,8 @@ struct Factors {
 };
 
 // c [R, 16 * F] += a [R, depth] * b [depth, 16 * F]
-template <class Lanes, int R, int F>
-inline void add_product(Factors a, int depth, const float* b, size_t b_stride, float* c, size_t c_stride) {
+template <class Lanes, int R, int F, class Number>
+inline void add_product(Factors a, int depth, const Number* b, size_t b_stride, float* c, size_t c_stride) {
   typename Lanes::Floats sums[R][F];  // in registers, if every loop over them is unrolled
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -54,8 +55,8 @@ inline void add_product(Factors a, int depth, const float* b, size_t b_stride, f
     for (int f = 0; f < F; ++f) Lanes::store(c + r * c_stride + 16 * f, sums[r][f]);
 }
 
-template <class Lanes, int R>
-inline void add_rows(Factors a, int depth, const float* b, size_t b_stride, int columns, float* c, size_t c_stride) {
+template <class Lanes, int R, class Number>
+inline void add_rows(Factors a, int depth, const Number* b, size_t b_stride, int columns, float* c, size_t c_stride) {
   int n = 0;
   for (; columns - n >= 16 * Lanes::kColumns; n += 16 * Lanes::kColumns)
     add_product<Lanes, R, Lanes::kColumns>(a, depth, b + n, b_stride, c + n, c_stride);
@@ -63,32 +64,52 @@ inline void add_rows(Factors a, int depth, const float* b, size_t b_stride, int 
 }
 
 // c [rows, columns] += a [rows, depth] * b [depth, columns]; columns a multiple of 16
-template <class Lanes>
-inline void add_products(Factors a, int rows, int depth, const float* b, size_t b_stride, int columns, float* c,
+template <class Lanes, class Number>
+inline void add_products(Factors a, int rows, int depth, const Number* b, size_t b_stride, int columns, float* c,
                          size_t c_stride) {
   int r = 0;
   for (; rows - r >= kRowTile; r += kRowTile)
     add_rows<Lanes, kRowTile>(a.from(r), depth, b, b_stride, columns, c + r * c_stride, c_stride);
+  for (; rows - r >= 4; r += 4) add_rows<Lanes, 4>(a.from(r), depth, b, b_stride, columns, c + r * c_stride, c_stride);
   for (; rows - r >= 2; r += 2) add_rows<Lanes, 2>(a.from(r), depth, b, b_stride, columns, c + r * c_stride, c_stride);
   if (r < rows) add_rows<Lanes, 1>(a.from(r), depth, b, b_stride, columns, c + r * c_stride, c_stride);
 }
 
-// scores [rows, kKeys] of a few queries, key by key.
+// scores [R, kKeys] of R queries from the one at q on, a few keys at a time.
+template <class Lanes, int R>
+inline void scores_of(const Head& head, const float* q, int begin, int keys, float (*scores)[kKeys]) {
+  constexpr int kAtOnce = Lanes::kSums / R;
+  for (int j = 0; j < keys; j += kAtOnce) {
+    const Half* key[kAtOnce];
+    for (int i = 0; i < kAtOnce; ++i) key[i] = head.keys + size_t(begin + std::min(j + i, keys - 1)) * head.width;
+    typename Lanes::Floats sums[Lanes::kSums];
+#pragma GCC unroll 16
+    for (typename Lanes::Floats& sum : sums) sum = Lanes::all(0.0f);
+    for (int d = 0; d < head.width; d += 16) {
+      typename Lanes::Floats columns[kAtOnce];
+#pragma GCC unroll 16
+      for (int i = 0; i < kAtOnce; ++i) columns[i] = Lanes::load(key[i] + d);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const typename Lanes::Floats factors = Lanes::load(q + size_t(r) * head.width + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kAtOnce; ++i) sums[r * kAtOnce + i] = Lanes::fma(factors, columns[i], sums[r * kAtOnce + i]);
+      }
+    }
+    alignas(64) float each[Lanes::kSums];
+    Lanes::sums(sums, each);
+    for (int r = 0; r < R; ++r) std::copy_n(each + r * kAtOnce, kAtOnce, scores[r] + j);
+  }
+}
+
+// scores [rows, kKeys] of a few queries
 template <class Lanes>
 inline void scores_by_key(const Head& head, const Queries& queries, int begin, int keys, float (*scores)[kKeys]) {
-  for (int j = 0; j < keys; ++j) {
-    const float *key = head.keys + size_t(begin + j) * head.width, *value = head.values + size_t(begin + j) * head.width;
-    for (int d = 0; d < head.width; d += 16) {  // the next keys, and what is read when this chunk's are done
-      __builtin_prefetch(key + kAhead * head.width + d);
-      __builtin_prefetch(value + d);
-    }
-    for (int r = 0; r < queries.rows; ++r) {
-      const float* q = queries.q + size_t(r) * head.width;
-      typename Lanes::Floats sums = Lanes::all(0.0f);
-      for (int d = 0; d < head.width; d += 16) sums = Lanes::fma(Lanes::load(q + d), Lanes::load(key + d), sums);
-      scores[r][j] = Lanes::sum(sums);
-    }
-  }
+  int r = 0;
+  const auto q = [&] { return queries.q + size_t(r) * head.width; };
+  for (; queries.rows - r >= 4; r += 4) scores_of<Lanes, 4>(head, q(), begin, keys, scores + r);
+  for (; queries.rows - r >= 2; r += 2) scores_of<Lanes, 2>(head, q(), begin, keys, scores + r);
+  if (r < queries.rows) scores_of<Lanes, 1>(head, q(), begin, keys, scores + r);
 }
 
 // Turns the scores [first, last) of a row into weights, exp(score - top), all else into zeros; returns their sum.
@@ -161,7 +182,15 @@ struct Many {
   alignas(64) float top[kMaxRows], total[kMaxRows];
   alignas(64) float turned[kDepth][kMaxRows];  // queries
   alignas(64) float scores[kKeys][kMaxRows];
+  alignas(64) float widened[kKeys][kDepth];  // keys or values
 };
+
+// Elements of some keys or values, [keys, depth], as floats.
+template <class Lanes>
+inline void widen(const Half* rows, size_t stride, int keys, int depth, float (*y)[kDepth]) {
+  for (int j = 0; j < keys; ++j)
+    for (int d = 0; d < depth; d += 16) Lanes::store(y[j] + d, Lanes::load(rows + size_t(j) * stride + d));
+}
 
 inline void begin_many(const Queries& queries, Many& many) {
   many.rows = (queries.rows + 15) / 16 * 16;
@@ -189,8 +218,9 @@ inline void score_many(const Head& head, const Queries& queries, int begin, int 
     const int depth = std::min(kDepth, head.width - start);
     if (turned != start) turn(head, queries, start, depth, many);
     turned = start;
-    add_products<Lanes>({head.keys + size_t(begin) * head.width + start, size_t(head.width), 1}, keys, depth, many.turned[0],
-                        kMaxRows, many.rows, many.scores[0], kMaxRows);
+    widen<Lanes>(head.keys + size_t(begin) * head.width + start, head.width, keys, depth, many.widened);
+    add_products<Lanes>({many.widened[0], kDepth, 1}, keys, depth, many.turned[0], kMaxRows, many.rows, many.scores[0],
+                        kMaxRows);
   }
   for (int j = 0; j < keys; ++j) {
     float* scores = many.scores[j];
@@ -236,8 +266,12 @@ void attend_many(const Head& head, const Queries& queries, int begin, int end, f
     for (int r = 0; r < queries.rows; ++r)
       if (kept[r] != 1.0f)
         for (int d = 0; d < head.width; ++d) y[size_t(r) * head.width + d] *= kept[r];
-    add_products<Lanes>({many.scores[0], 1, kMaxRows}, queries.rows, keys, head.values + size_t(begin) * head.width, head.width,
-                        head.width, y, head.width);
+    for (int start = 0; start < head.width; start += kDepth) {
+      const int columns = std::min(kDepth, head.width - start);
+      widen<Lanes>(head.values + size_t(begin) * head.width + start, head.width, keys, columns, many.widened);
+      add_products<Lanes>({many.scores[0], 1, kMaxRows}, queries.rows, keys, many.widened[0], kDepth, columns, y + start,
+                          head.width);
+    }
   }
   std::copy_n(many.top, queries.rows, top);
   std::copy_n(many.total, queries.rows, total);
@@ -247,6 +281,11 @@ template <class Lanes>
 void attend(const Head& head, const Queries& queries, int begin, int end, float* y, float* top, float* total) {
   std::fill_n(y, size_t(queries.rows) * head.width, 0.0f);
   (queries.rows < kMany ? attend_few<Lanes> : attend_many<Lanes>)(head, queries, begin, end, y, top, total);
+}
+
+template <class Lanes>
+void to_halves(const float* x, int count, Half* y) {
+  for (int i = 0; i < count; i += 16) Lanes::store(y + i, Lanes::load(x + i));
 }
 
 }  // namespace

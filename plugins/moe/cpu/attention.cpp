@@ -98,10 +98,13 @@ void run_attention(const Kernels& kernels, const Attention& attention, const Pro
       const float* q = x.q + row * x.q_stride + size_t(head) * width;
       rotate(attention, q, cos, sin, attention.scale, work.queries.data() + place * width);
     }
+    static thread_local std::vector<float> key;
+    key.resize(width);
     for (int head = 0; head < kv_heads; ++head) {
       const size_t place = ((b * kv_heads + head) * cache.slots + slot) * width;
-      rotate(attention, x.k + row * x.k_stride + size_t(head) * width, cos, sin, 1.0f, cache.keys + place);
-      std::copy_n(x.v + row * x.v_stride + size_t(head) * width, width, cache.values + place);
+      rotate(attention, x.k + row * x.k_stride + size_t(head) * width, cos, sin, 1.0f, key.data());
+      kernels.to_halves(key.data(), width, cache.keys + place);
+      kernels.to_halves(x.v + row * x.v_stride + size_t(head) * width, width, cache.values + place);
     }
   };
   const size_t positions = size_t(batch) * length;

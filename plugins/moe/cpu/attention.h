@@ -25,7 +25,7 @@ struct Projected {
 
 // The cache of one layer, [batch, kv_heads, slots, width] each, and the angles of each slot, [slots, rotary / 2] each.
 struct KVCache {
-  float *keys, *values;
+  Half *keys, *values;
   const float *cos, *sin;
   int slots;
 };

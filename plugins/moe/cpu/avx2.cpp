@@ -102,6 +102,6 @@ struct Avx2 : Rows256 {
 }  // namespace
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = kernels_of<Avx2>("avx2", [] { return GATEWORK_HAS("avx2") && GATEWORK_HAS("fma"); });
+const Kernels kAvx2 = kernels_of<Avx2>("avx2", [] { return GATEWORK_HAS("avx2") && GATEWORK_HAS("fma") && GATEWORK_HAS("f16c"); });
 
 }  // namespace gatework

@@ -42,15 +42,44 @@ struct Avx512Vnni {
 
   struct Lanes {
     using Floats = __m512;
-    static constexpr int kColumns = 4;
+    static constexpr int kColumns = 4, kSums = 16;
 
     static Floats all(float value) { return _mm512_set1_ps(value); }
     static Floats load(const float* p) { return _mm512_loadu_ps(p); }
+    static Floats load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
     static void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
+    static void store(Half* p, Floats a) {
+      const Floats within = _mm512_max_ps(all(-kLargestHalf), _mm512_min_ps(all(kLargestHalf), a));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(within, kNearest));
+    }
     static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
     static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
     static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     static float sum(Floats a) { return sum_of(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1))); }
+    static void sums(const Floats (&a)[kSums], float* y) {
+      Floats parts[kSums];
+#pragma GCC unroll 16
+      for (int i = 0; i < kSums; ++i) parts[i] = a[i % 4 * 4 + i / 4];  // in the order in which they come out
+      halved<8, 0x44, 0xee, true>(parts);
+      halved<4, 0x88, 0xdd, true>(parts);
+      halved<2, 0x44, 0xee, false>(parts);
+      halved<1, 0x88, 0xdd, false>(parts);
+      store(y, parts[0]);
+    }
+
+   private:
+    // Two at a time into one: what the halves of each add up to; quarters: whether it is whole quarters that are moved.
+    template <int count, int first, int second, bool quarters>
+    static void halved(Floats (&parts)[kSums]) {
+#pragma GCC unroll 16
+      for (int i = 0; i < count; ++i) {
+        const Floats a = parts[2 * i], b = parts[2 * i + 1];
+        if constexpr (quarters)
+          parts[i] = add(_mm512_shuffle_f32x4(a, b, first), _mm512_shuffle_f32x4(a, b, second));
+        else
+          parts[i] = add(_mm512_shuffle_ps(a, b, first), _mm512_shuffle_ps(a, b, second));
+      }
+    }
   };
 
   static Lanes::Floats numbers(Sums sums) { return _mm512_cvtepi32_ps(sums); }

@@ -6,10 +6,12 @@
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/arm/neon.h>
 #include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
 
 #include <cmath>
 #define GATEWORK_HAS(feature) true
 #define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
+#define _MM_FROUND_NO_EXC SIMDE_MM_FROUND_NO_EXC
 
 // What SIMDe lacks.
 inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
@@ -26,6 +28,23 @@ inline __m512 _mm512_cvtepi32_ps(__m512i a) {
   simde__m512_private to;
   for (int i = 0; i < 16; ++i) to.f32[i] = float(from.i32[i]);
   return simde__m512_from_private(to);
+}
+inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int order) {
+  const simde__m512_private from[] = {simde__m512_to_private(a), simde__m512_to_private(b)};
+  simde__m512_private to;
+  for (int i = 0; i < 4; ++i) to.m128[i] = from[i / 2].m128[order >> 2 * i & 3];
+  return simde__m512_from_private(to);
+}
+inline __m512 _mm512_cvtph_ps(__m256i a) {
+  simde__m512_private to;
+  for (int half = 0; half < 2; ++half) to.m256[half] = _mm256_cvtph_ps(simde__m256i_to_private(a).m128i[half]);
+  return simde__m512_from_private(to);
+}
+inline __m256i _mm512_cvtps_ph(__m512 a, int rounding) {
+  simde__m256i_private to;
+  for (int half = 0; half < 2; ++half)
+    to.m128i[half] = _mm256_cvtps_ph(simde__m512_to_private(a).m256[half], rounding);
+  return simde__m256i_from_private(to);
 }
 
 // What it rounds twice.

@@ -55,11 +55,17 @@ struct Token {
   const int32_t* sums;  // [groups], of 256 * high + low, or of codes
 };
 
+struct Half {
+  uint16_t bits;  // of IEEE 754's binary16
+};
+
+constexpr float kLargestHalf = 65504.0f;
+
 // One head of the cache.
 struct Head {
-  const float *keys, *values;  // [slots, width]
-  int width;                   // a multiple of 16
-  float softcap;               // see Attention
+  const Half *keys, *values;  // [slots, width]
+  int width;                  // a multiple of 16
+  float softcap;              // see Attention
 };
 
 constexpr int kMaxRows = 128;  // of Queries
@@ -105,6 +111,8 @@ struct Kernels {
   void (*open_gate)(const Gate&, float* gate, const float* up, int count);
   // Of the keys [begin, end), each row's largest score, the sum of all exp(score - top), and with these weights that of values
   void (*attend)(const Head&, const Queries&, int begin, int end, float* y, float* top, float* total);
+  // y [count], a multiple of 16: x rounded to nearest, ties to even; what is beyond the largest becomes that
+  void (*to_halves)(const float* x, int count, Half* y);
   // y [count] = the norm of x [count]
   void (*normalize)(const Norm&, const float* x, int count, float* y);
   // y [tokens, rows] = x W^T of float32: w [rows, count], x [tokens, count]

@@ -138,13 +138,14 @@ Tensor input(const ort::KernelContext* context, size_t index) {
   return tensor;
 }
 
-float* output(ort::KernelContext* context, const std::vector<int64_t>& shape, size_t index = 0) {
+template <class T = float>
+T* output(ort::KernelContext* context, const std::vector<int64_t>& shape, size_t index = 0) {
   ort::Value* value = nullptr;
   check(api.output(context, index, shape.data(), shape.size(), &value));
   if (!value) throw Failure{ort::kInvalidArgument, "output " + std::to_string(index) + " is missing"};
   void* data = nullptr;
   check(api.tensor_data(value, &data));
-  return static_cast<float*>(data);
+  return static_cast<T*>(data);
 }
 
 // A wrong size would make the kernels read beyond a tensor.
@@ -193,6 +194,7 @@ struct MatMulKernel {
   static constexpr int kTypes[] = {ort::kFloat, ort::kUint8, ort::kBfloat16, ort::kFloat, ort::kFloat};
   static constexpr bool required(size_t input) { return input < 3; }
   static constexpr size_t kRequiredOutputs = 1, kOutputs = 2;
+  static constexpr int output_type(size_t) { return ort::kFloat; }
 
   const Kernels& path = kernels();
   Columns k;
@@ -227,6 +229,7 @@ struct MoEKernel {
                                    ort::kFloat, ort::kFloat,    ort::kFloat};
   static constexpr bool required(size_t input) { return input == 0 || (input >= 2 && input < 6); }
   static constexpr size_t kRequiredOutputs = 1, kOutputs = 3;
+  static constexpr int output_type(size_t) { return ort::kFloat; }
 
   const Kernels& path = kernels();
   MoE moe;
@@ -279,10 +282,11 @@ struct MoEKernel {
 
 struct AttentionKernel {
   static constexpr const char* kName = "CachedAttention";
-  static constexpr int kTypes[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64,
+  static constexpr int kTypes[] = {ort::kFloat, ort::kFloat16, ort::kFloat16, ort::kInt64,
                                    ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat};
   static constexpr bool required(size_t input) { return input < 6; }
   static constexpr size_t kRequiredOutputs = 3, kOutputs = 3;
+  static constexpr int output_type(size_t output) { return output == 0 ? ort::kFloat : ort::kFloat16; }
 
   const Kernels& path = kernels();
   Attention attention;
@@ -341,9 +345,9 @@ struct AttentionKernel {
 
  private:
   // The updated cache, which a caller binds to the memory of the past one.
-  static float* present(ort::KernelContext* context, size_t index, const Tensor& past) {
-    float* data = output(context, past.shape, index);
-    if (data != past.data) std::memcpy(data, past.data, size_t(past.count()) * sizeof(float));
+  static Half* present(ort::KernelContext* context, size_t index, const Tensor& past) {
+    Half* data = output<Half>(context, past.shape, index);
+    if (data != past.data) std::memcpy(data, past.data, size_t(past.count()) * sizeof(Half));
     return data;
   }
 };
@@ -359,7 +363,7 @@ ort::CustomOp operator_of() {
   op.input_characteristic = [](const ort::CustomOp*, size_t index) -> int {
     return Kernel::required(index) ? ort::kRequired : ort::kOptional;
   };
-  op.output_type = [](const ort::CustomOp*, size_t) -> int { return ort::kFloat; };
+  op.output_type = [](const ort::CustomOp*, size_t index) { return Kernel::output_type(index); };
   op.output_count = [](const ort::CustomOp*) { return Kernel::kOutputs; };
   op.output_characteristic = [](const ort::CustomOp*, size_t index) -> int {
     return index < Kernel::kRequiredOutputs ? ort::kRequired : ort::kOptional;

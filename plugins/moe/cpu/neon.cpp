@@ -56,15 +56,27 @@ struct Neon {
     struct Floats {
       float32x4_t quarter[4];
     };
-    static constexpr int kColumns = 1;
+    static constexpr int kColumns = 1, kSums = 4;
 
     static Floats all(float value) {
       const float32x4_t four = vdupq_n_f32(value);
       return {{four, four, four, four}};
     }
     static Floats load(const float* p) { return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
+    static Floats load(const Half* p) {
+      Floats floats;
+      for (int i = 0; i < 4; ++i) floats.quarter[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p[4 * i].bits)));
+      return floats;
+    }
     static void store(float* p, const Floats& a) {
       for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, a.quarter[i]);
+    }
+    static void store(Half* p, const Floats& a) {
+      const float32x4_t most = vdupq_n_f32(kLargestHalf), least = vdupq_n_f32(-kLargestHalf);
+      for (int i = 0; i < 4; ++i) {
+        const float32x4_t within = vmaxq_f32(least, vminq_f32(most, a.quarter[i]));
+        vst1_u16(&p[4 * i].bits, vreinterpret_u16_f16(vcvt_f16_f32(within)));
+      }
     }
     static Floats add(const Floats& a, const Floats& b) {
       Floats sums;
@@ -82,10 +94,21 @@ struct Neon {
       return products;
     }
     static float sum(const Floats& a) {
-      const float32x4_t four =
-          vaddq_f32(vaddq_f32(a.quarter[0], a.quarter[2]), vaddq_f32(a.quarter[1], a.quarter[3]));
+      const float32x4_t four = fours(a);
       const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
       return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+    }
+    static void sums(const Floats (&a)[kSums], float* y) {
+      vst1q_f32(y, vpaddq_f32(twos(fours(a[0]), fours(a[1])), twos(fours(a[2]), fours(a[3]))));
+    }
+
+   private:
+    // What the halves add up to, of 16 twice, and of 4 of a and of b.
+    static float32x4_t fours(const Floats& a) {
+      return vaddq_f32(vaddq_f32(a.quarter[0], a.quarter[2]), vaddq_f32(a.quarter[1], a.quarter[3]));
+    }
+    static float32x4_t twos(float32x4_t a, float32x4_t b) {
+      return vaddq_f32(vcombine_f32(vget_low_f32(a), vget_low_f32(b)), vcombine_f32(vget_high_f32(a), vget_high_f32(b)));
     }
   };
 

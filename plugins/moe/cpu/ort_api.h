@@ -18,7 +18,7 @@ struct KernelContext;
 struct Value;
 struct TensorInfo;
 
-enum ElementType { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt64 = 7, kBfloat16 = 16 };
+enum ElementType { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16 };
 enum Characteristic { kRequired = 0, kOptional = 1 };
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
 

@@ -238,8 +238,8 @@ namespace {
 template <class Isa>
 constexpr Kernels kernels_of(const char* name, bool (*supported)()) {
   using Lanes = typename Isa::Lanes;
-  return {name,      supported,       product<Isa>,     quantize<Isa>, activate<Isa>,
-          open_gate, attend<Lanes>,   normalize<Lanes>, score<Lanes>,  exponential};
+  return {name,          supported,        product<Isa>,     quantize<Isa>, activate<Isa>, open_gate,
+          attend<Lanes>, to_halves<Lanes>, normalize<Lanes>, score<Lanes>,  exponential};
 }
 
 }  // namespace
