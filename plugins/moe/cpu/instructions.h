@@ -29,6 +29,11 @@ inline __m512 _mm512_cvtepi32_ps(__m512i a) {
   for (int i = 0; i < 16; ++i) to.f32[i] = float(from.i32[i]);
   return simde__m512_from_private(to);
 }
+inline __m512i _mm512_srai_epi32(__m512i a, int bits) {
+  simde__m512i_private shifted = simde__m512i_to_private(a);
+  for (int i = 0; i < 16; ++i) shifted.i32[i] >>= bits;
+  return simde__m512i_from_private(shifted);
+}
 inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int order) {
   const simde__m512_private from[] = {simde__m512_to_private(a), simde__m512_to_private(b)};
   simde__m512_private to;
