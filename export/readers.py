@@ -30,10 +30,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
             first, size = file.read(8), path.stat().st_size
             if size < 8:
                 raise ValueError(f"it has {size} bytes, and the size of a header alone takes 8")
-            if all(byte in TEXT for byte in first):  # as a size, beyond any file's
-                got = f"one that begins with the text {first.decode()!r}"
-                fix = f"{DOWNLOAD}; in a git repository that has it in Git LFS, run git lfs pull"
-                raise GateworkError(f"{path} is no safetensors file", got=got, fix=fix)
+            _refuse_text(first, f"{path} is no safetensors file")  # as a size, beyond any file's
             (header_bytes,) = struct.unpack("<Q", first)
             if header_bytes > MAX_HEADER_BYTES:
                 raise ValueError(f"its header has {header_bytes} bytes, and at most {MAX_HEADER_BYTES} are read")
@@ -59,6 +56,13 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     }
 
 
+def _refuse_text(first: bytes, what: str) -> None:
+    """Raise where a file of numbers begins with text, as the pointer does that Git LFS has in its place."""
+    if first and all(byte in TEXT for byte in first):
+        fix = f"{DOWNLOAD}; in a git repository that has it in Git LFS, run git lfs pull"
+        raise GateworkError(what, got=f"one that begins with the text {first.decode()!r}", fix=fix)
+
+
 def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object no two of whose names are the same."""
     fields = dict(pairs)
@@ -75,6 +79,7 @@ def read_torch(path: Path) -> dict[str, StoredTensor]:
     """
     try:
         with PatientFile(path) as file:
+            _refuse_text(file.read(8), f"{path} is no file of torch.save")
             folder, records = read_records(file)
             order = read_record(file, records.get(f"{folder}/byteorder", (0, 0)))
             if order not in (b"", b"little"):

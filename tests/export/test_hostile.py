@@ -261,6 +261,10 @@ TORCH = {
     "record with a full path": (archive(Record("/tmp/evil", b"x")), BAD),
     "record twice": (archive(Record("archive/data/1"), Record("archive/data/1")), BAD),
     "two directories": (lambda path: hostile.write_two_directories(path / BIN, trace_of(path)), "."),
+    "file of Git LFS": (
+        lambda path: (path / BIN).write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "got one that begins with the text 'version '.*; in a git repository that has it in Git LFS, run git lfs pull",
+    ),
     "no pickle": (lambda path: hostile.write_zip(path / BIN, [Record("archive/version", b"3\n")]), BAD),
     "tensor larger than its record": (one_tensor([400], [1]), NO_RECORD),
     "tensor of 2^120 bytes": (one_tensor([2**59, 2**59], [2**59, 1]), NO_RECORD),
