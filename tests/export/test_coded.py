@@ -172,7 +172,8 @@ def test_verification_expects_no_error_of_kept_weights(tmp_path: Path, monkeypat
     report = verify(build_engine(path, tmp_path / "kept", **settings), path, tokens=16, threads=1)
     assert report.passed, str(report)
     errors = {stage.tensor: stage.local for stage in report.stages}
-    assert max(errors[name] for name in ("key", "value", "attention")) < 1e-4
+    assert errors["attention"] < 1e-4
+    assert max(errors["key"], errors["value"]) < 3e-4  # float16's, in the cache
     monkeypatch.setattr(engine_writer, "stored_blocks", lambda *_: {})
     rounded = build_engine(path, tmp_path / "rounded", **settings)
     assert kept(rounded) == {}
