@@ -30,8 +30,7 @@ class GateworkPeer:
     def fill(self, batch: int, context: int) -> None:
         """Random numbers: pages that nobody wrote would read faster than memory."""
         random = np.random.default_rng(1)
-        cache = self._backend._cache
-        layout = cache.layout
+        cache, layout = self._backend._cache, self._backend._cache.layout
         dtype = {2: np.float16, 4: np.float32}[layout.itemsize]
         for name in layout.names:
             block = (ctypes.c_char * (batch * layout.slot_bytes)).from_address(cache.address(name, 0))

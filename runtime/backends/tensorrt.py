@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gatework.plugins.engine_format import CROSS, ENCODER_PLAN, KERNELS, PLAN, SOURCE_LENGTHS
+from gatework.plugins.engine_format import CACHE_DTYPE, CROSS, ENCODER_PLAN, KERNELS, PLAN, SOURCE_LENGTHS
 from gatework.plugins.errors import GateworkError
 from gatework.plugins.moe.launcher import Launcher
 from gatework.plugins.moe.tensorrt import MoECreator, register
@@ -187,7 +187,7 @@ class TensorRTBackend:
         self._source = None if encoder is None else self._open_source(encoder, experts)
         widths = tap_widths(self._plan, names)
         self._taps = PlanTaps(self._device, widths, max(max_batch, self._chunk)) if widths else None
-        self._cache_dtype = "float16" if engine.manifest["precision"] == "fp16" else "bfloat16"
+        self._cache_dtype: str = engine.manifest[CACHE_DTYPE]
         self._reads_taps, self.tapped = tapped, dict[str, np.ndarray]()
         check_addresses(self._plan, self._addresses(0, (1, 1)))
         self._prefill_context = self._new_context(self._plan, PREFILL)
